@@ -1,0 +1,115 @@
+"""The contract of an engine that runs behind our own HTTP server (`transformers`, `simulated`).
+
+An engine turns a `GenerationRequest` into `Delta`s. It knows nothing of HTTP, keys or routes.
+Errors:
+
+    EngineError
+    ├── BadRequest        the request cannot be honoured; names the field; the engine goes on
+    └── LoadError         the model cannot be served; carries a Cause; the process ends
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from inference.protocol import Cause, Load, Progress
+
+
+class EngineError(Exception):
+    """Base of what an engine raises on purpose."""
+
+
+class BadRequest(EngineError):
+    """The request cannot be honoured as it stands. Retrying cannot help; the engine is well."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+
+class LoadError(EngineError):
+    """The model cannot be loaded. `cause` says whether a retry can help."""
+
+    def __init__(self, cause: Cause, detail: str) -> None:
+        super().__init__(detail)
+        self.cause = cause
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How to choose tokens. Checked by the server before it reaches an engine."""
+
+    max_tokens: int | None = None
+    """Most tokens to generate; None: what the context leaves."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: off."""
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    request_id: str
+    messages: list[dict[str, Any]]
+    """As in the OpenAI API, content already checked to be text."""
+    sampling: Sampling
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Fields of one engine only (the simulated engine's faults)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """One step of an answer. The last one has a `finish_reason`, and only that one."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    """Tokens generated so far for this request, those that gave no text included."""
+    cached_tokens: int = 0
+    finish_reason: str | None = None
+    """`stop` or `length`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """What to load, decided by the deployment."""
+
+    model_path: Path | None
+    """Folder with config, tokenizer and safetensors; None for engines without weights."""
+    slots: int
+    chat_template: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """What the server needs of an engine. One event loop calls it; it may own threads."""
+
+    capabilities: frozenset[str]
+    """Request fields it honours beyond messages, max_tokens and stream."""
+
+    context_length: int
+    """Most tokens of prompt and answer together; known after `load`."""
+
+    async def load(self, progress: Callable[[Progress], None]) -> None:
+        """Get ready to generate, reporting progress. Raises LoadError."""
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
+        """Yield the answer. Closing the iterator aborts: no further step is spent on it.
+
+        Raises BadRequest at the first step, or EngineError when the engine itself failed.
+        """
+
+    def load_report(self) -> Load: ...
+
+    def healthy(self) -> bool:
+        """False when the engine can never answer again; the worker then ends and is replaced."""
+
+    async def close(self) -> None: ...

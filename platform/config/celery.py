@@ -1,0 +1,9 @@
+"""Control's Celery app. Nothing exists only here or in Redis: each task derives its work from the database."""
+
+from __future__ import annotations
+
+from celery import Celery
+
+app = Celery("roundhouse")
+app.config_from_object("django.conf:settings", namespace="CELERY")
+app.autodiscover_tasks()

@@ -1,0 +1,174 @@
+"""The environment, read and checked once. Nothing else in the project reads `os.environ` for settings.
+
+| variable | default | meaning |
+|---|---|---|
+| ROUNDHOUSE_PORT | 8000 | the gateway's port |
+| ROUNDHOUSE_HOST | 127.0.0.1 | the address the gateway listens on |
+| ROUNDHOUSE_ALLOWED_HOSTS | (loopback names) | further host names by which clients may call it, comma-separated |
+| ROUNDHOUSE_DATA | var/ | database, secrets, spool, logs of this machine |
+| ROUNDHOUSE_CACHE | the user's cache folder | models and their converted copies |
+| DATABASE_URL | SQLite in the data folder | `postgres://user:password@host/name` |
+| REDIS_URL | a private Redis | `redis://host:6379/0`; shared by several machines |
+| ROUNDHOUSE_SECRET_KEY | generated into the data folder | signs sessions, derives worker secrets |
+| ROUNDHOUSE_KEY_PEPPERS | derived from the secret key | `1:HEX,2:HEX`: numbered peppers of API key digests |
+| ROUNDHOUSE_CORS_ORIGINS | (closed) | origins whose pages may call /v1, comma-separated |
+| ROUNDHOUSE_LOG_LEVEL | INFO | of the whole project |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+MIN_SECRET_KEY = 50
+
+
+class BadEnvironment(Exception):
+    """A variable that cannot be used; the message names it and says what to set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Env:
+    host: str
+    port: int
+    allowed_hosts: tuple[str, ...]
+    data: Path
+    cache: Path
+    database_url: str
+    redis_url: str | None
+    """None: `manage.py up` starts a private Redis and passes its address on as REDIS_URL."""
+    secret_key: str
+    key_peppers: dict[int, bytes]
+    cors_origins: tuple[str, ...]
+    log_level: str
+
+
+def read_env(environ: Mapping[str, str] = os.environ) -> Env:
+    """Read every variable of the table above. Raises BadEnvironment naming the first bad one.
+
+    Creates the data folder (0700) and, when ROUNDHOUSE_SECRET_KEY is not set, the secret key in it.
+    """
+    data = _folder(environ.get("ROUNDHOUSE_DATA") or str(ROOT / "var"))
+    secret_key = _secret_key(environ, data)
+    return Env(
+        host=environ.get("ROUNDHOUSE_HOST") or "127.0.0.1",
+        port=_port(environ.get("ROUNDHOUSE_PORT") or "8000"),
+        allowed_hosts=_allowed_hosts(environ.get("ROUNDHOUSE_ALLOWED_HOSTS", "")),
+        data=data,
+        cache=_cache(environ),
+        database_url=environ.get("DATABASE_URL") or f"sqlite:///{data / 'roundhouse.sqlite3'}",
+        redis_url=environ.get("REDIS_URL") or None,
+        secret_key=secret_key,
+        key_peppers=_peppers(environ.get("ROUNDHOUSE_KEY_PEPPERS", ""), secret_key),
+        cors_origins=tuple(_split(environ.get("ROUNDHOUSE_CORS_ORIGINS", ""))),
+        log_level=_log_level(environ.get("ROUNDHOUSE_LOG_LEVEL") or "INFO"),
+    )
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _folder(text: str) -> Path:
+    path = Path(text).expanduser().absolute()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadEnvironment(
+            f"ROUNDHOUSE_DATA: the folder {path} cannot be created ({error.strerror}); "
+            "set it to a folder this user may write to."
+        ) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise BadEnvironment(
+            f"ROUNDHOUSE_DATA: the folder {path} cannot be written to; "
+            "set it to a folder this user may write to."
+        )
+    return path
+
+
+def _cache(environ: Mapping[str, str]) -> Path:
+    text = environ.get("ROUNDHOUSE_CACHE")
+    if text:
+        return Path(text).expanduser().absolute()
+    base = environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser().absolute() / "roundhouse"
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise BadEnvironment(f"ROUNDHOUSE_PORT: {text!r} is not a port; set a number from 1 to 65535.")
+    return int(text)
+
+
+def _allowed_hosts(text: str) -> tuple[str, ...]:
+    hosts = _split(text)
+    if "*" in hosts:
+        raise BadEnvironment(
+            "ROUNDHOUSE_ALLOWED_HOSTS: '*' would let any web page speak to Roundhouse; "
+            "list the host names that clients use."
+        )
+    return (*LOOPBACK_NAMES, *hosts)
+
+
+def _log_level(text: str) -> str:
+    level = text.upper()
+    if level not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
+        raise BadEnvironment(f"ROUNDHOUSE_LOG_LEVEL: {text!r}; set DEBUG, INFO, WARNING or ERROR.")
+    return level
+
+
+def _secret_key(environ: Mapping[str, str], data: Path) -> str:
+    given = environ.get("ROUNDHOUSE_SECRET_KEY")
+    if given:
+        if len(given) < MIN_SECRET_KEY:
+            raise BadEnvironment(
+                f"ROUNDHOUSE_SECRET_KEY: {len(given)} characters; set at least {MIN_SECRET_KEY} random ones, "
+                "or unset it and one is generated into the data folder."
+            )
+        return given
+    path = data / "secret_key"
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        pass
+    # Several processes may start at once on a new folder: only one link() wins, all read the winner's.
+    draft = data / f"secret_key.{os.getpid()}"
+    try:
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(secrets.token_urlsafe(64))
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            pass
+        finally:
+            draft.unlink()
+        return path.read_text().strip()
+    except OSError as error:
+        raise BadEnvironment(
+            f"ROUNDHOUSE_DATA: the secret key cannot be kept in {data} ({error.strerror})."
+        ) from error
+
+
+def _peppers(text: str, secret_key: str) -> dict[int, bytes]:
+    if not text:
+        return {1: hmac.digest(secret_key.encode(), b"roundhouse.api-key-pepper.1", hashlib.sha256)}
+    peppers: dict[int, bytes] = {}
+    for part in _split(text):
+        number, _, value = part.partition(":")
+        try:
+            pepper = bytes.fromhex(value)
+        except ValueError:
+            pepper = b""
+        if not number.isdecimal() or len(pepper) < 16:
+            raise BadEnvironment(
+                "ROUNDHOUSE_KEY_PEPPERS: write NUMBER:HEX pairs of at least 16 bytes, separated by commas."
+            )
+        peppers[int(number)] = pepper
+    return peppers

@@ -1,0 +1,1 @@
+"""Settings: `base` holds everything, the three small files beside it what differs."""

@@ -1,0 +1,25 @@
+"""Gateways' presence: without one there to hear them, a worker's silence says nothing."""
+
+from __future__ import annotations
+
+from django.db import transaction
+
+from registry.models import Gateway
+from registry.querysets import database_now
+
+
+@transaction.atomic
+def note_gateway(*, name: str, unbroken: bool) -> None:
+    """Say that gateway `name` is listening.
+
+    `unbroken` False starts its presence anew: it, or the database, was away.
+    """
+    now = database_now()
+    if unbroken and Gateway.objects.filter(name=name).update(seen_at=now):
+        return
+    Gateway.objects.update_or_create(name=name, defaults={"listening_since": now, "seen_at": now})
+
+
+def forget_gateway(*, name: str) -> None:
+    """The gateway ends in good order."""
+    Gateway.objects.filter(name=name).delete()

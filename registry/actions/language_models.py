@@ -1,0 +1,42 @@
+"""Language models and their copies on nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.db import transaction
+from django.utils import timezone
+
+from registry.actions.events import record_event
+from registry.models import LanguageModel, ModelCopy, Node
+from registry.states import CopyState
+
+
+@transaction.atomic
+def add_language_model(*, name: str, source: str, by: str, chat_template: str = "") -> LanguageModel:
+    """Register a model. The source is not fetched until a deployment needs it."""
+    language_model = LanguageModel(name=name, source=source, chat_template=chat_template)
+    language_model.full_clean()
+    language_model.save()
+    record_event(language_model, "added", by=by, data={"source": source})
+    return language_model
+
+
+@transaction.atomic
+def record_copy(*, node: Node, language_model_id: int, state: CopyState, **facts: Any) -> None:
+    """Note how far a model's files are on a node.
+
+    `facts`: step, done, total, unit, size_bytes, sha256, detail.
+    """
+    if not LanguageModel.objects.filter(pk=language_model_id).exists():
+        # Deleted while its files were on the way.
+        return
+    facts["detail"] = facts.get("detail", "")[:1000]
+    before = ModelCopy.objects.filter(node=node, language_model_id=language_model_id).first()
+    copy, _ = ModelCopy.objects.update_or_create(
+        node=node,
+        language_model_id=language_model_id,
+        defaults={"state": state, "updated_at": timezone.now(), **facts},
+    )
+    if before is None or before.state != state:
+        record_event(copy, state, reason=facts["detail"], by=f"agent {node.name}")

@@ -1,0 +1,35 @@
+"""What goes wrong with the facts. Each class says when it is raised and whether a retry can help.
+
+RegistryError
+├── InvalidTransition     the object has moved on
+├── InvalidInput          a field cannot be used; names it
+├── JoinRefused           a node may not join
+└── StillInUse            something that runs depends on it
+"""
+
+from __future__ import annotations
+
+
+class RegistryError(Exception):
+    """Base of all; its message is a sentence for people."""
+
+
+class InvalidTransition(RegistryError):
+    """The object is not in a state from which it may move there. Read it again before trying again."""
+
+
+class InvalidInput(RegistryError):
+    """A field has a value that cannot be used. Retrying with the same value cannot help."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.message = message
+
+
+class JoinRefused(RegistryError):
+    """The join token is unknown, used up or expired, or the node's name is taken. A new token helps."""
+
+
+class StillInUse(RegistryError):
+    """The object still has live workers. Scale to 0 first, then try again."""

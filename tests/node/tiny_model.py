@@ -1,0 +1,77 @@
+"""A tiny random Llama with its own byte-level tokenizer: a real model folder, made without downloads.
+
+It answers nonsense, but the same nonsense every time, and it loads in milliseconds:
+
+    make_tiny_llama(tmp_path / "tiny")
+
+The tokenizer has one token per byte (so any text survives encode and decode), plus `<|im_start|>`
+and `<|im_end|>`; the chat template is ChatML. Ids: bytes 0 to 255 as 0 to 255 of the byte-level
+alphabet in its own order, then the specials.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+START, END = "<|im_start|>", "<|im_end|>"
+
+
+def make_tiny_tokenizer(folder: Path) -> int:
+    """Write a byte-level tokenizer with a chat template into `folder`; return its vocabulary size."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={text: i for i, text in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in (START, END)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": START,
+        "eos_token": END,
+        "pad_token": END,
+        "model_max_length": 512,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
+    return tokenizer.get_vocab_size()
+
+
+def make_tiny_llama(folder: Path, *, seed: int = 0, context_length: int = 512) -> Path:
+    """Write a whole model into `folder` (made when missing) and return it. About 0.2 MB."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    size = make_tiny_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context_length,
+        bos_token_id=size - 2,
+        eos_token_id=size - 1,
+        pad_token_id=size - 1,
+        tie_word_embeddings=True,
+        initializer_range=0.5,
+        dtype="float32",
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1, do_sample=False
+    )
+    model.save_pretrained(folder)
+    return folder
