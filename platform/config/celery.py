@@ -1,4 +1,4 @@
-"""Control's Celery app. Nothing exists only here or in Redis: each task derives its work from the database."""
+"""Control's Celery app. Nothing exists only here or in Redis: tasks derive their work from the database."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 |---|---|---|
 | ROUNDHOUSE_PORT | 8000 | the gateway's port |
 | ROUNDHOUSE_HOST | 127.0.0.1 | the address the gateway listens on |
-| ROUNDHOUSE_ALLOWED_HOSTS | (loopback names) | further host names by which clients may call it, comma-separated |
+| ROUNDHOUSE_ALLOWED_HOSTS | (loopback names) | further names by which clients may call it, comma-separated |
 | ROUNDHOUSE_DATA | var/ | database, secrets, spool, logs of this machine |
 | ROUNDHOUSE_CACHE | the user's cache folder | models and their converted copies |
 | DATABASE_URL | SQLite in the data folder | `postgres://user:password@host/name` |

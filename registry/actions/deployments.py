@@ -35,7 +35,10 @@ def save_deployment(*, deployment: Deployment, by: str) -> Deployment:
         deployment,
         "created" if is_new else "changed",
         by=by,
-        data={"replicas": deployment.replicas, "revision": deployment.revision.number},
+        data={
+            "replicas": deployment.replicas,
+            "revision": deployment.revision.number if deployment.revision else None,
+        },
     )
     publish_change("deployment", str(deployment.pk))
     return deployment

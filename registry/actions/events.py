@@ -18,7 +18,7 @@ def record_event(
 ) -> Event:
     """Append to an object's timeline."""
     return Event.objects.create(
-        kind=obj._meta.model_name,
+        kind=obj._meta.model_name or "",
         object_id=obj.pk,
         object_name=str(obj)[:120],
         what=what,

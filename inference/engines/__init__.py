@@ -1,0 +1,30 @@
+"""Engines: code that turns prompts into tokens, chosen by name, and the HTTP server in front of them.
+
+`base.py` is the contract. An engine's module is imported only when that engine is created, so that
+a simulated worker never pays for torch. No engine knows HTTP; `app.py` and `server.py` are that part.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import cast
+
+from inference.engines.base import Engine, EngineSpec, LoadError
+from inference.protocol import Cause
+
+_CLASSES = {
+    "simulated": ("inference.engines.simulated", "SimulatedEngine"),
+    "transformers": ("inference.engines.transformers.engine", "TransformersEngine"),
+}
+
+ENGINES = frozenset(_CLASSES)
+"""The names a deployment may ask for."""
+
+
+def create_engine(name: str, spec: EngineSpec) -> Engine:
+    """Make the engine called `name`, not yet loaded. Raises LoadError for a name or argument it refuses."""
+    if name not in _CLASSES:
+        known = ", ".join(sorted(ENGINES))
+        raise LoadError(Cause.BAD_ARGUMENT, f"There is no engine called {name!r}; choose one of: {known}.")
+    module, attribute = _CLASSES[name]
+    return cast(Engine, getattr(import_module(module), attribute)(spec))

@@ -1,0 +1,94 @@
+"""Messages to token ids, by the model's chat template."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from inference.engines.base import BadRequest
+
+ROLES = {role: role for role in ("system", "user", "assistant", "tool", "function")} | {"developer": "system"}
+"""Role in a request -> role in a template. Templates glue roles into control tokens: only these pass."""
+
+INLINE_CHARACTERS = 20_000
+"""Longer prompts are read in a thread, so that other streams go on meanwhile."""
+
+
+class Prompts:
+    """Turns messages into token ids.
+
+    Control tokens that a user spells out in a message are plain text; only those of the template
+    count. Text without any gives the very ids of the ordinary way.
+    """
+
+    def __init__(self, tokenizer: Any, chat_template: str | None) -> None:
+        self._tokenizer = tokenizer
+        self._template = chat_template
+        # Encoding sets flags on the tokenizer, so the thread has one of its own.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+        self._thread_tokenizer: Any = None
+
+    async def encode(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Raises BadRequest when the messages cannot be rendered."""
+        plain = [_plain(message, at) for at, message in enumerate(messages)]
+        if sum(len(message["content"]) for message in plain) <= INLINE_CHARACTERS:
+            return self._encode(self._tokenizer, plain)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._encode_in_thread, plain)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _encode_in_thread(self, messages: list[dict[str, Any]]) -> list[int]:
+        if self._thread_tokenizer is None:
+            self._thread_tokenizer = copy.deepcopy(self._tokenizer)
+        return self._encode(self._thread_tokenizer, messages)
+
+    def _encode(self, tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
+        if self._template is None and not tokenizer.chat_template:
+            raise BadRequest("This model has no chat template, so it cannot answer messages.", param="messages")
+        try:
+            ids: list[int] = tokenizer.apply_chat_template(
+                messages,
+                chat_template=self._template,
+                add_generation_prompt=True,
+                sanitize_control_tokens=True,
+                return_dict=False,
+            )
+        except TemplateError as error:
+            # A template refuses with a sentence for the user, "roles must alternate" for example.
+            said = error.message or "it cannot be rendered."
+            raise BadRequest(
+                f"The model's chat template refused the messages: {said}", param="messages"
+            ) from error
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise BadRequest("The model's chat template cannot render these messages.", param="messages") from error
+        return ids
+
+
+def _plain(message: dict[str, Any], at: int) -> dict[str, Any]:
+    """The message with a known role and its content as one string."""
+    role = ROLES.get(message.get("role", ""))
+    if role is None:
+        raise BadRequest(
+            f"messages[{at}].role must be one of {', '.join(sorted(ROLES))}.", param=f"messages[{at}].role"
+        )
+    return {**message, "role": role, "content": _text(message.get("content"), at)}
+
+
+def _text(content: Any, at: int) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        if all(isinstance(part, str) for part in parts):
+            return "".join(parts)  # type: ignore[arg-type]
+    raise BadRequest(
+        f"messages[{at}].content must be a string or a list of text parts.", param=f"messages[{at}].content"
+    )

