@@ -92,7 +92,7 @@ class CopyPhase(StrEnum):
     FAILED = "failed"
 
 
-class Progress(Message):
+class Progress(Message, frozen=True, kw_only=True):
     """How far a long step is. `total` is 0 while unknown; `unit` is "bytes" or "tensors"."""
 
     step: str
@@ -101,7 +101,7 @@ class Progress(Message):
     unit: str = "bytes"
 
 
-class Load(Message):
+class Load(Message, frozen=True, kw_only=True):
     """What an engine is doing now. `steps` and `tokens` only grow while the process lives."""
 
     running: int = 0
@@ -114,7 +114,7 @@ class Load(Message):
     """Tokens generated so far."""
 
 
-class ModelSpec(Message):
+class ModelSpec(Message, frozen=True, kw_only=True):
     """A language model as a node needs to know it."""
 
     id: int
@@ -135,7 +135,7 @@ class Wish(StrEnum):
     """End now."""
 
 
-class Assignment(Message):
+class Assignment(Message, frozen=True, kw_only=True):
     """One worker that this node should run, drain or stop."""
 
     worker_id: int
@@ -154,21 +154,21 @@ class Assignment(Message):
     drain_seconds: float = 60.0
 
 
-class JoinRequest(Message):
+class JoinRequest(Message, frozen=True, kw_only=True):
     name: str
     address: str
     """Where gateways reach this node's workers: an IP address."""
     version: str = ""
 
 
-class JoinReply(Message):
+class JoinReply(Message, frozen=True, kw_only=True):
     node_id: int
     secret: str
     broker_url: str | None = None
     """Where the agent hears nudges; None: it only asks by itself."""
 
 
-class ProcessReport(Message):
+class ProcessReport(Message, frozen=True, kw_only=True):
     """One worker process as its agent sees it."""
 
     worker_id: int
@@ -182,7 +182,7 @@ class ProcessReport(Message):
     log_tail: list[str] = []
 
 
-class CopyReport(Message):
+class CopyReport(Message, frozen=True, kw_only=True):
     """A model's files on this node."""
 
     model_id: int
@@ -195,7 +195,7 @@ class CopyReport(Message):
     detail: str = ""
 
 
-class NodeReport(Message):
+class NodeReport(Message, frozen=True, kw_only=True):
     """An agent's beat: every process it watches, and those that ended since the last accepted one."""
 
     agent_pid: int
@@ -207,7 +207,7 @@ class NodeReport(Message):
     cores: int = 0
 
 
-class NodeOrders(Message):
+class NodeOrders(Message, frozen=True, kw_only=True):
     """Everything the node should run, whole each time: a lost or doubled answer does no harm.
 
     A process the agent watches that is not listed here is to be stopped.
@@ -216,7 +216,7 @@ class NodeOrders(Message):
     assignments: list[Assignment] = []
 
 
-class Beat(Message):
+class Beat(Message, frozen=True, kw_only=True):
     """A worker's "still alive, and this is my load"."""
 
     worker_id: int
@@ -244,15 +244,15 @@ class BeatOrder(StrEnum):
     """This epoch is over: somebody else has the name now, or it was stopped."""
 
 
-class BeatReply(Message):
+class BeatReply(Message, frozen=True, kw_only=True):
     order: BeatOrder = BeatOrder.CONTINUE
 
 
-class AbortRequest(Message):
+class AbortRequest(Message, frozen=True, kw_only=True):
     request_id: str
 
 
-class AbortReply(Message):
+class AbortReply(Message, frozen=True, kw_only=True):
     """What a request had cost when it was ended; zeros when it was not known any more."""
 
     prompt_tokens: int = 0

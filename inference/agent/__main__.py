@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 def _identity(data: Path) -> Identity:
     try:
         identity = read_identity(data)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise AgentError(str(error)) from None
     if identity is None:
         raise AgentError(

@@ -61,9 +61,10 @@ def ensure_joined(
     A token is used only when it is needed. One for another gateway than before moves the node
     there: what the old gateway ordered is stopped by the first orders of the new one.
     """
+    _check_writable(data)
     try:
         identity = read_identity(data)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise JoinError(str(error)) from None
     url = _checked_url(url) if url else None
     if identity is not None and url in (None, identity.url):
@@ -73,7 +74,6 @@ def ensure_joined(
     if not token:
         known = f"This node belongs to {identity.url}. " if identity is not None else ""
         raise JoinError(f"{known}To join {url}, give --join TOKEN; the admin makes join tokens.")
-    _check_writable(data)
     request = JoinRequest(
         name=name or (identity.name if identity is not None else socket.gethostname()),
         address=_checked_address(address) if address else _own_address(url),

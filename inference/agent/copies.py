@@ -26,15 +26,17 @@ Wanted = tuple[int, str]
 """A model at one source: model id and source."""
 
 
-class SourceLine(CopyReport, frozen=True, kw_only=True, omit_defaults=True):
-    """One line of `python -m inference.sources`."""
-
+class _Path(msgspec.Struct):
     path: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
-class _Copy:
-    line: SourceLine
+class Copy:
+    """One attempt to have a model's files here."""
+
+    report: CopyReport
+    path: str = ""
+    """Where the files are, once the report says that they are ready."""
     waiting: set[Key] = field(default_factory=set)
     """The workers that this attempt is for."""
     task: asyncio.Task[None] | None = None
@@ -49,23 +51,21 @@ class Copies:
         self._cache = cache
         self._changed = changed
         self._command = command
-        self._copies: dict[Wanted, _Copy] = {}
+        self._copies: dict[Wanted, Copy] = {}
 
-    def want(self, model: ModelSpec, key: Key) -> SourceLine:
-        """How far the copy is that worker `key` needs; starts one when there is none.
+    def want(self, model: ModelSpec, key: Key) -> Copy:
+        """The copy that worker `key` needs, at whatever phase; starts an attempt when there is none.
 
         A failed copy stays failed for the workers that waited for it. Another worker, or the
         next epoch of the same one, is a new attempt.
         """
         copy = self._copies.get((model.id, model.source))
-        if copy is not None and not self._stale(copy, key):
-            copy.waiting.add(key)
-            return copy.line
-        line = SourceLine(model_id=model.id, phase=CopyPhase.FETCHING)
-        copy = _Copy(line=line, waiting={key})
-        self._copies[model.id, model.source] = copy
-        copy.task = asyncio.create_task(self._make(model, copy), name=f"copy of {model.name}")
-        return line
+        if copy is None or _stale(copy, key):
+            copy = Copy(report=CopyReport(model_id=model.id, phase=CopyPhase.FETCHING))
+            copy.task = asyncio.create_task(self._make(model, copy), name=f"copy of {model.name}")
+            self._copies[model.id, model.source] = copy
+        copy.waiting.add(key)
+        return copy
 
     def keep_only(self, wanted: Collection[Wanted]) -> None:
         """End the attempts that nobody waits for any more."""
@@ -76,8 +76,8 @@ class Copies:
 
     def reports(self) -> list[CopyReport]:
         # A model whose source was changed has two; the newer one counts.
-        newest = {copy.line.model_id: copy.line for copy in self._copies.values()}
-        return [_report(line) for line in newest.values()]
+        newest = {copy.report.model_id: copy.report for copy in self._copies.values()}
+        return list(newest.values())
 
     async def close(self) -> None:
         """End every attempt; what is complete stays."""
@@ -86,26 +86,21 @@ class Copies:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _stale(self, copy: _Copy, key: Key) -> bool:
-        if copy.line.phase is CopyPhase.READY:
-            return not Path(copy.line.path).is_dir()
-        return copy.line.phase is CopyPhase.FAILED and key not in copy.waiting
-
-    async def _make(self, model: ModelSpec, copy: _Copy) -> None:
+    async def _make(self, model: ModelSpec, copy: Copy) -> None:
         try:
-            copy.line = await self._run(model, copy)
+            copy.report = await self._run(model, copy)
         except OSError as error:
-            copy.line = _failed(model, Cause.FETCH, f"The fetching could not be started: {error.strerror}.")
+            copy.report = _failed(model, Cause.FETCH, f"The fetching could not be started: {error.strerror}.")
         finally:
             copy.task = None
-        if copy.line.phase is CopyPhase.READY:
+        if copy.report.phase is CopyPhase.READY:
             log.info("The files of %s are ready.", model.name)
         else:
-            log.error("The files of %s are not ready: %s", model.name, copy.line.detail)
+            log.error("The files of %s are not ready: %s", model.name, copy.report.detail)
         self._changed()
 
-    async def _run(self, model: ModelSpec, copy: _Copy) -> SourceLine:
-        """The last line of the sources command: ready or failed, whatever else it said."""
+    async def _run(self, model: ModelSpec, copy: Copy) -> CopyReport:
+        """Follow the sources command; its last word is ready or failed, whatever else it said."""
         command = [
             *self._command,
             *("--model-id", str(model.id)),
@@ -115,25 +110,30 @@ class Copies:
         ]
         process = await start_helper(command)
         try:
-            async for text in lines_of(process):
+            async for line in lines_of(process):
                 try:
-                    copy.line = msgspec.json.decode(text, type=SourceLine)
+                    copy.report = msgspec.json.decode(line, type=CopyReport)
+                    copy.path = msgspec.json.decode(line, type=_Path).path
                 except msgspec.DecodeError:
-                    log.warning("The sources command said: %s", text.decode(errors="replace").rstrip())
+                    log.warning("The sources command said: %s", line.decode(errors="replace").rstrip())
             exit_code = await process.wait()
         finally:
             await end_helper(process)
-        failed = copy.line.phase is CopyPhase.FAILED
-        if failed or (copy.line.phase is CopyPhase.READY and copy.line.path):
-            return copy.line
+        ready = copy.report.phase is CopyPhase.READY and copy.path
+        if ready or copy.report.phase is CopyPhase.FAILED:
+            return copy.report
         cause = Cause.KILLED if exit_code < 0 else Cause.FETCH
         return _failed(model, cause, f"The fetching ended with exit code {exit_code}.")
 
 
-def _failed(model: ModelSpec, cause: Cause, detail: str) -> SourceLine:
-    return SourceLine(model_id=model.id, phase=CopyPhase.FAILED, cause=cause, detail=detail)
+def _stale(copy: Copy, key: Key) -> bool:
+    """Whether `key` needs a new attempt."""
+    if copy.task is not None:
+        return False
+    if copy.report.phase is CopyPhase.READY:
+        return not Path(copy.path).is_dir()
+    return key not in copy.waiting
 
 
-def _report(line: SourceLine) -> CopyReport:
-    """The line without its path, which is this machine's own affair."""
-    return CopyReport(**{name: getattr(line, name) for name in CopyReport.__struct_fields__})
+def _failed(model: ModelSpec, cause: Cause, detail: str) -> CopyReport:
+    return CopyReport(model_id=model.id, phase=CopyPhase.FAILED, cause=cause, detail=detail)

@@ -32,12 +32,17 @@ def node_folder(data: Path) -> Path:
 
 
 def read_identity(data: Path) -> Identity | None:
-    """The stored identity, or None when this node has not joined. Raises ValueError when damaged."""
+    """The stored identity, or None when this node has not joined.
+
+    Raises ValueError, with a sentence, when there is one that cannot be read.
+    """
     path = node_folder(data) / "identity.json"
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
     try:
         return msgspec.json.decode(content, type=Identity)
     except msgspec.DecodeError as error:

@@ -20,26 +20,36 @@ RESTART_SECONDS = (1.0, 2.0, 5.0, 15.0, 60.0)
 async def listen(data: Path, heard: Callable[[int], None]) -> None:
     """Call `heard` with the generation of every nudge. Never returns; cancel it."""
     failures = 0
+
+    def count_and_tell(generation: int) -> None:
+        nonlocal failures
+        failures = 0
+        heard(generation)
+
     while True:
-        process = await start_helper(
-            [sys.executable, "-m", "inference.agent.app", str(data.resolve())], stdin=subprocess.PIPE
-        )
         try:
-            async for line in lines_of(process):
-                if line.strip().isdigit():
-                    failures = 0
-                    heard(int(line))
-            exit_code = await process.wait()
-        finally:
-            if process.stdin is not None:
-                process.stdin.close()
-            await end_helper(process)
+            ended = f"exit code {await _listen_once(data, count_and_tell)}"
+        except OSError as error:
+            ended = f"it could not be started: {error.strerror}"
         pause = RESTART_SECONDS[min(failures, len(RESTART_SECONDS) - 1)]
         failures += 1
         log.error(
-            "The listener for nudges ended with exit code %d; it is started again in %d s. "
+            "The listener for nudges ended (%s) and is started again in %d s. "
             "The agent goes on asking by itself.",
-            exit_code,
+            ended,
             pause,
         )
         await asyncio.sleep(pause)
+
+
+async def _listen_once(data: Path, heard: Callable[[int], None]) -> int:
+    command = [sys.executable, "-m", "inference.agent.app", str(data)]
+    # Its standard input stays open while we live: when that closes, the listener ends too.
+    process = await start_helper(command, stdin=subprocess.PIPE)
+    try:
+        async for line in lines_of(process):
+            if line.strip().isdigit():
+                heard(int(line))
+        return await process.wait()
+    finally:
+        await end_helper(process)

@@ -64,11 +64,13 @@ class Agent:
         cache: Path,
         worker_command: Sequence[str] = WORKER_COMMAND,
         sources_command: Sequence[str] = SOURCES_COMMAND,
+        beat_seconds: float = BEAT_SECONDS,
     ) -> None:
         self._identity = identity
         self._data = data
         self._workers = Workers(data, command=worker_command)
         self._copies = Copies(cache, self._copy_changed, command=sources_command)
+        self._beat_seconds = beat_seconds
         self._orders = NodeOrders()
         self._wake = asyncio.Event()
         self._trouble = ""
@@ -119,7 +121,7 @@ class Agent:
                 self._report_what_is_asked_in_vain()
                 self._carry_out()
                 try:
-                    async with asyncio.timeout(_spread(BEAT_SECONDS)):
+                    async with asyncio.timeout(_spread(self._beat_seconds)):
                         await self._wake.wait()
                 except TimeoutError:
                     continue
@@ -196,11 +198,11 @@ class Agent:
         path = None
         if assignment.engine not in WITHOUT_WEIGHTS:
             copy = self._copies.want(assignment.model, key)
-            if copy.phase is CopyPhase.FAILED:
-                self._workers.refuse(key, copy.cause or Cause.FETCH, copy.detail)
-                return True
-            if copy.phase is not CopyPhase.READY:
+            if copy.task is not None:
                 return False
+            if copy.report.phase is CopyPhase.FAILED:
+                self._workers.refuse(key, copy.report.cause or Cause.FETCH, copy.report.detail)
+                return True
             path = copy.path
         self._workers.launch(
             assignment,

@@ -12,10 +12,10 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 from starlette.applications import Starlette
@@ -170,9 +170,7 @@ class EngineApp:
         try:
             chat = parse_chat(body)
             if not self.ready or not self.accepting:
-                raise _Refusal(
-                    503, _BUSY, kind="service_unavailable_error", code="server_is_overloaded"
-                )
+                raise _Refusal(503, _BUSY, kind="service_unavailable_error", code="server_is_overloaded")
             # The engine's own id is fresh: two requests with one id must not meet inside it.
             engine_id = f"{running.request_id}.{next(self._numbers)}"
             wanted = to_generation(chat, engine_id, self._engine.capabilities)
@@ -199,11 +197,11 @@ class EngineApp:
             running.ended.set()
 
     async def _until_left(
-        self, running: _Running, answer: AsyncGenerator[None, None] | object, receive: Receive
+        self, running: _Running, answer: Coroutine[Any, Any, None], receive: Receive
     ) -> None:
         """Run `answer` until it is done or the client has gone; then nothing of it is left running."""
-        running.task = asyncio.ensure_future(answer)  # type: ignore[arg-type]
-        leaving = asyncio.ensure_future(_client_left(receive))
+        running.task = asyncio.create_task(answer)
+        leaving = asyncio.create_task(_client_left(receive))
         try:
             await asyncio.wait({running.task, leaving}, return_when=asyncio.FIRST_COMPLETED)
             left = not running.task.done()
@@ -211,7 +209,7 @@ class EngineApp:
             leaving.cancel()
             running.task.cancel()
             await asyncio.gather(running.task, leaving, return_exceptions=True)
-        if running.aborted:
+        if running.aborted and running.task.cancelled():
             raise _Refusal(499, "The request was aborted.", kind="invalid_request_error", code="aborted")
         if left:
             raise _ClientLeft

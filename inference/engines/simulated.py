@@ -53,11 +53,12 @@ from inference.engines.base import BadRequest, Delta, EngineError, EngineSpec, G
 from inference.engines.stops import StopStrings
 from inference.protocol import Cause, Load, Progress
 
-_WORDS = (
+_VOCABULARY = (
     "steam whistle signal track engine turntable roundhouse coal water valve piston wheel rail "
     "sleeper bridge tunnel station platform carriage buffer coupling driver fireman guard timetable "
     "junction siding freight express local evening morning slowly gently onward north south"
-).split()
+)
+_WORDS = _VOCABULARY.split()
 
 _GARBAGE = (
     "\n\n",
@@ -111,7 +112,16 @@ class _Script:
 
 class SimulatedEngine:
     capabilities = frozenset(
-        {"temperature", "top_p", "top_k", "stop", "ignore_eos", "seed", "frequency_penalty", "presence_penalty"}
+        {
+            "temperature",
+            "top_p",
+            "top_k",
+            "stop",
+            "ignore_eos",
+            "seed",
+            "frequency_penalty",
+            "presence_penalty",
+        }
     )
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -165,7 +175,9 @@ class SimulatedEngine:
         finally:
             self._running -= 1
 
-    async def _answer(self, request: GenerationRequest, prompt: int, room: int) -> AsyncGenerator[Delta, None]:
+    async def _answer(
+        self, request: GenerationRequest, prompt: int, room: int
+    ) -> AsyncGenerator[Delta, None]:
         script = _read_script(request.messages)
         words, natural = self._words(request.messages, script)
         limit = min(room, request.sampling.max_tokens or room)
@@ -204,7 +216,9 @@ class SimulatedEngine:
         given = re.findall(r"\s*\S+", self._arguments.text) if self._arguments.text else []
         if given:
             rest = itertools.cycle([word if word[0].isspace() else f" {word}" for word in given])
-            return itertools.chain(given, itertools.islice(rest, len(given), None)), script.tokens or len(given)
+            return itertools.chain(given, itertools.islice(rest, len(given), None)), script.tokens or len(
+                given
+            )
         return _lorem(messages), script.tokens or self._arguments.tokens
 
     async def _fail(self, fault: str) -> None:

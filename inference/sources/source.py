@@ -8,13 +8,14 @@ from pathlib import Path, PurePosixPath
 
 from inference.protocol import Cause
 
-# The name and version grammars of PEP 508 and PEP 440. A version is one exact release: no
-# wildcard, and no local part, which an index never serves.
+# The name grammar of PEP 508 and the public and local versions of PEP 440 in their normal form:
+# one exact release, no wildcard.
 _PACKAGE = re.compile(
     r"package:"
     r"(?P<name>[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)"
     r"=="
-    r"(?P<version>(?:[0-9]+!)?[0-9]+(?:\.[0-9]+)*(?:(?:a|b|rc)[0-9]+)?(?:\.post[0-9]+)?(?:\.dev[0-9]+)?)"
+    r"(?P<version>(?:[0-9]+!)?[0-9]+(?:\.[0-9]+)*(?:(?:a|b|rc)[0-9]+)?(?:\.post[0-9]+)?(?:\.dev[0-9]+)?"
+    r"(?:\+[a-z0-9]+(?:\.[a-z0-9]+)*)?)"
     r"#sha256=(?P<sha256>[0-9a-fA-F]{64})"
 )
 _LONGEST = 4096

@@ -1,9 +1,9 @@
 """What a worker's processes are told and what they leave behind: files, and messages between the two.
 
-    agent       -> supervisor   WorkerSpec, a JSON file (0600) named on the command line
-    supervisor  -> agent        ProcessState in `state.json`, protocol.ProcessReport in `end.json`
-    supervisor  -> engine       EngineProcessSpec on stdin, then EngineOrder lines on the control socket
-    engine      -> supervisor   EngineMessage lines on the control socket
+agent       -> supervisor   WorkerSpec, a JSON file (0600) named on the command line
+supervisor  -> agent        ProcessState in `state.json`, protocol.ProcessReport in `end.json`
+supervisor  -> engine       EngineProcessSpec on stdin, then EngineOrder lines on the control socket
+engine      -> supervisor   EngineMessage lines on the control socket
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LOG_FILE = "engine.log"
 """What the engine prints. At its bound it is moved to `engine.log.1`, replacing the one before."""
 
 
-class WorkerSpec(Message):
+class WorkerSpec(Message, frozen=True, kw_only=True):
     """Everything one supervisor needs to know."""
 
     assignment: Assignment
@@ -50,7 +50,7 @@ class WorkerSpec(Message):
     hung_seconds: float = HUNG_SECONDS
 
 
-class ProcessState(Message):
+class ProcessState(Message, frozen=True, kw_only=True):
     """How an agent that is not the parent recognises a supervisor: pid and start time together."""
 
     worker_id: int
@@ -63,7 +63,7 @@ class ProcessState(Message):
     url: str = ""
 
 
-class EngineProcessSpec(Message):
+class EngineProcessSpec(Message, frozen=True, kw_only=True):
     """What the engine child serves."""
 
     engine: str
@@ -74,23 +74,23 @@ class EngineProcessSpec(Message):
     arguments: dict[str, Any] = {}
 
 
-class EngineProgress(Message, tag="progress"):
+class EngineProgress(Message, frozen=True, kw_only=True, tag="progress"):
     progress: Progress
 
 
-class EngineReady(Message, tag="ready"):
+class EngineReady(Message, frozen=True, kw_only=True, tag="ready"):
     capabilities: list[str]
     context_length: int
 
 
-class EngineFailed(Message, tag="failed"):
+class EngineFailed(Message, frozen=True, kw_only=True, tag="failed"):
     """The engine says why it is about to end."""
 
     cause: Cause
     detail: str
 
 
-class EngineAdmission(Message, tag="admission"):
+class EngineAdmission(Message, frozen=True, kw_only=True, tag="admission"):
     """An `EngineOrder` has taken effect: requests from now on are treated so."""
 
     accept: bool
@@ -99,7 +99,7 @@ class EngineAdmission(Message, tag="admission"):
 EngineMessage = EngineProgress | EngineReady | EngineFailed | EngineAdmission
 
 
-class EngineOrder(Message):
+class EngineOrder(Message, frozen=True, kw_only=True):
     """Whether new requests are taken; those that run are not touched."""
 
     accept: bool

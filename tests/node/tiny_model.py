@@ -75,3 +75,60 @@ def make_tiny_llama(folder: Path, *, seed: int = 0, context_length: int = 512) -
     )
     model.save_pretrained(folder)
     return folder
+
+
+def make_tiny_gguf(path: Path) -> Path:
+    """Write a random Llama with a byte-level tokenizer as one GGUF file and return it.
+
+    Its pre-tokenizer is SmolLM's: digits one by one. Two newlines are one token, id 256.
+    """
+    import gguf
+    import numpy
+    from tokenizers import pre_tokenizers
+
+    newline = "\u010a"  # as the byte-level alphabet spells it
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), newline * 2, START, END]
+    size, width, inner, heads = len(tokens), 32, 64, 4
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(1)
+    writer.add_context_length(256)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * (size - 2) + [gguf.TokenType.CONTROL] * 2)
+    # Whether this merge happens before a digit shows where the pre-tokenizer splits.
+    writer.add_token_merges([f"{newline} {newline}"])
+    writer.add_bos_token_id(size - 2)
+    writer.add_eos_token_id(size - 1)
+    writer.add_pad_token_id(size - 1)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    random = numpy.random.default_rng(0)
+    shapes = {
+        "token_embd": (size, width),
+        "output_norm": (width,),
+        "blk.0.attn_norm": (width,),
+        "blk.0.ffn_norm": (width,),
+        "blk.0.attn_q": (width, width),
+        "blk.0.attn_k": (width, width),
+        "blk.0.attn_v": (width, width),
+        "blk.0.attn_output": (width, width),
+        "blk.0.ffn_gate": (inner, width),
+        "blk.0.ffn_up": (inner, width),
+        "blk.0.ffn_down": (width, inner),
+    }
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

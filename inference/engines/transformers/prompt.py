@@ -50,7 +50,9 @@ class Prompts:
 
     def _encode(self, tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
         if self._template is None and not tokenizer.chat_template:
-            raise BadRequest("This model has no chat template, so it cannot answer messages.", param="messages")
+            raise BadRequest(
+                "This model has no chat template, so it cannot answer messages.", param="messages"
+            )
         try:
             ids: list[int] = tokenizer.apply_chat_template(
                 messages,
@@ -66,7 +68,9 @@ class Prompts:
                 f"The model's chat template refused the messages: {said}", param="messages"
             ) from error
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise BadRequest("The model's chat template cannot render these messages.", param="messages") from error
+            raise BadRequest(
+                "The model's chat template cannot render these messages.", param="messages"
+            ) from error
         return ids
 
 

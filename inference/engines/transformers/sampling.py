@@ -52,7 +52,9 @@ class Sampler:
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
         """`Choice` is checked before it is sent."""
 
-    def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: torch.Tensor) -> torch.Tensor:
+    def prepare_tensor_args(
+        self, requests_in_batch: Sequence[Any], arg_storage: torch.Tensor
+    ) -> torch.Tensor:
         """Called before each step: remember who the rows of the next `__call__` are."""
         self._choices = [
             request.state.logit_processor_kwargs.get(KEY, GREEDY)

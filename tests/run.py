@@ -1,0 +1,132 @@
+"""`make test`: the whole suite, on SQLite with the private Redis and on PostgreSQL with a shared one.
+
+    python -m tests.run [--full] [--only STAGE,…]
+
+Stages: `node` (agent and worker, in an environment without Django), `engines` (torch), `sqlite`
+(everything on the database, in one process), `postgres` (the same), `e2e-sqlite` and `e2e-postgres`
+(real processes, a real model). A missing service skips its stage and says so; with CI=true it fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests import services
+
+ROOT = Path(__file__).resolve().parents[1]
+NODE_ENVIRONMENT = ROOT / ".venv-node"
+NODE_TEST_PACKAGES = ["pytest>=9.2", "pytest-asyncio>=1.5", "pytest-timeout>=2.4", "hypothesis>=6.170"]
+WITH_DATABASE = ["tests/unit", "tests/integration", "tests/api", "tests/security"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run the tests.")
+    parser.add_argument("--full", action="store_true", help="add what is long")
+    parser.add_argument("--only", default="", help="run only these stages, comma-separated")
+    arguments, rest = parser.parse_known_args()
+    only = set(filter(None, arguments.only.split(",")))
+    runs = Runs(only=only, extra=rest + ([] if arguments.full else ["-m", "not full and not gpu"]))
+
+    with contextlib.ExitStack() as stack:
+        postgres = stack.enter_context(services.postgres())
+        redis = stack.enter_context(services.shared_redis())
+        if runs.wanted("node"):
+            runs.pytest("node", ["tests/node", "-p", "no:django"], python=node_environment())
+        runs.pytest("engines", ["tests/engines", "-p", "no:django"])
+        runs.pytest("sqlite", WITH_DATABASE)
+        if postgres is None:
+            runs.skip("postgres", "no PostgreSQL answers, and none is installed")
+        else:
+            runs.pytest(
+                "postgres",
+                WITH_DATABASE,
+                DATABASE_URL=postgres,
+                ROUNDHOUSE_TEST_DB=f"roundhouse_test_{os.getpid()}",
+            )
+        runs.pytest("e2e-sqlite", ["tests/e2e"])
+        if postgres is None or redis is None:
+            runs.skip("e2e-postgres", "it needs PostgreSQL and Redis, and one of them is missing")
+        elif runs.wanted("e2e-postgres"):
+            with services.own_database(postgres) as url:
+                runs.pytest("e2e-postgres", ["tests/e2e"], DATABASE_URL=url, REDIS_URL=redis)
+    return runs.summary()
+
+
+class Runs:
+    """The stages run so far and how each went."""
+
+    def __init__(self, *, only: set[str], extra: list[str]) -> None:
+        self.only = only
+        self.extra = extra
+        self.results: list[tuple[str, str]] = []
+        self.failed = False
+
+    def wanted(self, stage: str) -> bool:
+        return not self.only or stage in self.only
+
+    def pytest(
+        self, stage: str, arguments: list[str], *, python: Path | None = None, **environment: str
+    ) -> None:
+        if not self.wanted(stage):
+            return
+        print(f"\n=== {stage}", flush=True)
+        started = time.monotonic()
+        code = subprocess.run(
+            [str(python or sys.executable), "-m", "pytest", "-q", *arguments, *self.extra],
+            cwd=ROOT,
+            env=_without_services() | environment,
+            check=False,
+        ).returncode
+        self.failed |= code != 0
+        took = f"{time.monotonic() - started:.0f} s"
+        self.results.append((stage, f"passed in {took}" if code == 0 else f"FAILED (pytest {code}) in {took}"))
+
+    def skip(self, stage: str, why: str) -> None:
+        if not self.wanted(stage):
+            return
+        # On CI a suite that silently shrank would look green.
+        self.failed |= os.environ.get("CI") == "true"
+        self.results.append((stage, f"SKIPPED: {why}"))
+
+    def summary(self) -> int:
+        print("\n=== summary")
+        for stage, result in self.results:
+            print(f"{stage:14} {result}")
+        return 1 if self.failed else 0
+
+
+def _without_services() -> dict[str, str]:
+    """This environment, less what would point the tests at somebody's real Roundhouse."""
+    mine = ("DATABASE_URL", "REDIS_URL", "ROUNDHOUSE_DATA", "ROUNDHOUSE_PORT", "DJANGO_SETTINGS_MODULE")
+    return {name: value for name, value in os.environ.items() if name not in mine}
+
+
+def node_environment() -> Path:
+    """The Python of an environment without Django, made on first use."""
+    python = NODE_ENVIRONMENT / "bin" / "python"
+    stamp = NODE_ENVIRONMENT / "installed"
+    wanted = (ROOT / "requirements-node.txt").read_text() + "\n".join(NODE_TEST_PACKAGES)
+    if not stamp.exists() or stamp.read_text() != wanted:
+        subprocess.run([sys.executable, "-m", "venv", str(NODE_ENVIRONMENT)], check=True)
+        subprocess.run(
+            [
+                *(str(python), "-m", "pip", "--disable-pip-version-check", "-q", "install"),
+                *("-r", str(ROOT / "requirements-node.txt"), *NODE_TEST_PACKAGES),
+            ],
+            check=True,
+        )
+        stamp.write_text(wanted)
+    absent = subprocess.run([str(python), "-c", "import django"], capture_output=True, check=False)
+    if absent.returncode == 0:
+        raise SystemExit(f"{NODE_ENVIRONMENT} has Django in it; remove that folder and run again.")
+    return python
+
+
+if __name__ == "__main__":
+    sys.exit(main())
