@@ -37,8 +37,8 @@ def main() -> int:
         postgres = stack.enter_context(services.postgres())
         redis = stack.enter_context(services.shared_redis())
         if runs.wanted("node"):
-            runs.pytest("node", ["tests/node", "-p", "no:django"], python=node_environment())
-        runs.pytest("engines", ["tests/engines", "-p", "no:django"])
+            runs.pytest("node", ["tests/node"], python=node_environment())
+        runs.pytest("engines", ["tests/engines"])
         runs.pytest("sqlite", WITH_DATABASE)
         if postgres is None:
             runs.skip("postgres", "no PostgreSQL answers, and none is installed")
@@ -85,7 +85,9 @@ class Runs:
         ).returncode
         self.failed |= code != 0
         took = f"{time.monotonic() - started:.0f} s"
-        self.results.append((stage, f"passed in {took}" if code == 0 else f"FAILED (pytest {code}) in {took}"))
+        self.results.append(
+            (stage, f"passed in {took}" if code == 0 else f"FAILED (pytest {code}) in {took}")
+        )
 
     def skip(self, stage: str, why: str) -> None:
         if not self.wanted(stage):

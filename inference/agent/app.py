@@ -16,16 +16,23 @@ output, logs to standard error, and ends when its standard input closes, that is
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from celery import Celery
+from celery.signals import setup_logging
 
 from inference.agent.identity import Identity, read_identity
+
+SAY_AGAIN_SECONDS = 600.0
+"""A broker that is away is mentioned this often, not at every try."""
 
 
 def queue_of(name: str) -> str:
@@ -70,6 +77,8 @@ def main(argv: list[str]) -> int:
     os.dup2(2, 1)
     threading.Thread(target=_end_with_the_agent, daemon=True).start()
 
+    # With a receiver of this signal Celery leaves logging alone.
+    setup_logging.connect(_set_up_logging)
     app = build_app(identity, lambda generation: _write(line, f"{generation:d}\n"))
     # Celery advises against root because of pickle, which this app refuses.
     warnings.filterwarnings("ignore", message="You're running the worker with superuser privileges")
@@ -77,7 +86,6 @@ def main(argv: list[str]) -> int:
         hostname=f"agent@{identity.name}",
         pool="solo",
         queues=[queue_of(identity.name)],
-        loglevel="ERROR",
         quiet=True,
         without_gossip=True,
         without_mingle=True,
@@ -85,6 +93,35 @@ def main(argv: list[str]) -> int:
     )
     worker.start()
     return int(worker.exitcode or 0)
+
+
+class _Seldom(logging.Filter):
+    """Lets a record pass when none with the same wording did for a while."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now, wording = time.monotonic(), str(record.msg)
+        if now - self._said.get(wording, -SAY_AGAIN_SECONDS) < SAY_AGAIN_SECONDS:
+            return False
+        self._said[wording] = now
+        return True
+
+
+class _Brief(logging.Formatter):
+    """An error in one line: what fails here is the broker, and its tracebacks explain nothing."""
+
+    def formatException(self, ei: Any) -> str:
+        return f"{ei[0].__name__}: {ei[1]}"
+
+
+def _set_up_logging(**_: object) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Brief("%(asctime)s %(levelname)s listener: %(message)s"))
+    handler.addFilter(_Seldom())
+    logging.basicConfig(level=logging.ERROR, handlers=[handler])
 
 
 def _write(descriptor: int, text: str) -> None:

@@ -59,8 +59,9 @@ LINE_LENGTH = 500
 
 WORKER_COMMAND = (sys.executable, "-m", "inference.worker")
 
-MARK = "ROUNDHOUSE_WORKER"
-"""In the environment of a worker and of all its children: the worker's folder."""
+MARK = "RH_WORKER"
+"""In the environment of a worker and of all its children: the worker's folder. The name is short
+because engines get no `ROUNDHOUSE_` variables."""
 
 Key = tuple[int, int]
 """Worker id and epoch."""
@@ -192,8 +193,8 @@ class Workers:
         follows, and `STOP_SECONDS` later whatever is left of it is killed.
         """
         worker = self._running.get(key)
-        if worker is None or wish is Wish.RUN:
-            return
+        if worker is None or wish is Wish.RUN or not worker.alive():
+            return  # one that just ended by itself was not stopped by us
         now = time.monotonic()
         patience = drain_seconds if wish is Wish.DRAIN else SECOND_SIGNAL_SECONDS
         if worker.signals == 0:
@@ -342,18 +343,17 @@ async def lines_of(helper: Helper) -> AsyncIterator[bytes]:
         yield line
 
 
-async def end_helper(process: Helper, *, patience: float = 3.0) -> int:
-    """End a helper if it still runs, and return its exit code."""
-    if process.returncode is None:
-        with suppress(ProcessLookupError):
-            process.terminate()
-        try:
-            async with asyncio.timeout(patience):
-                return await process.wait()
-        except TimeoutError:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    return await process.wait()
+async def end_helper(helper: Helper, *, patience: float = 3.0) -> None:
+    """End a helper if it still runs: ask, and when `patience` seconds are over, kill. Reaps it."""
+    with suppress(ProcessLookupError):
+        if helper.returncode is None and patience > 0:
+            helper.terminate()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    await helper.wait()
+        if helper.returncode is None:
+            os.killpg(helper.pid, signal.SIGKILL)
+    await helper.wait()
 
 
 def birth_of(pid: int) -> str | None:
@@ -404,11 +404,9 @@ def _kill_rest_of(folder: Path) -> None:
 def _how_it_ended(key: Key, worker: _Running) -> ProcessReport:
     """The report of a process that ended while it was watched."""
     told = _told(key, worker.folder, worker.record)
-    exit_code = worker.child.returncode if worker.child is not None else None
     if told is not None:
-        return msgspec.structs.replace(
-            told, exit_code=exit_code if told.exit_code is None else told.exit_code
-        )
+        return told
+    exit_code = worker.child.returncode if worker.child is not None else None
     if worker.signals:
         cause = Cause.STOPPED
         detail = "It did not end in time and was killed." if worker.killed else "It was stopped."

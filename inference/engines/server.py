@@ -208,6 +208,7 @@ def main() -> None:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     spec = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineProcessSpec)
     listener = socket.socket(fileno=options.fd)
     with asyncio.Runner(loop_factory=_event_loop()) as runner:

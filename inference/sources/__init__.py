@@ -10,6 +10,7 @@ What this module exports is import-light, so that the registry can check a sourc
 same function. Only the conversion's own process imports torch.
 """
 
+from inference.sources.progress import Preparation
 from inference.sources.source import FolderSource, PackageSource, Source, SourceError, parse_source
 
-__all__ = ["FolderSource", "PackageSource", "Source", "SourceError", "parse_source"]
+__all__ = ["FolderSource", "PackageSource", "Preparation", "Source", "SourceError", "parse_source"]

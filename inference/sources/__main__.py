@@ -19,13 +19,8 @@ import msgspec
 
 from inference.protocol import CopyPhase, CopyReport
 from inference.sources.prepare import prepare
+from inference.sources.progress import Preparation
 from inference.sources.source import SourceError, parse_source
-
-
-class Preparation(CopyReport, frozen=True, kw_only=True, omit_defaults=True):
-    """One line of output: a `CopyReport`, and where the model lies once it is ready."""
-
-    path: str = ""
 
 
 def _arguments() -> argparse.Namespace:

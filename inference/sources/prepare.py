@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
-import inference
 from inference.protocol import Cause, CopyPhase, CopyReport
 from inference.sources import cache as caches
 from inference.sources import package
 from inference.sources.cache import Slot
 from inference.sources.check import check_folder, check_gguf, missing
-from inference.sources.convert import Failed, Line
-from inference.sources.progress import Reporter
+from inference.sources.child import running
+from inference.sources.progress import Failed, Line, Reporter
 from inference.sources.source import FolderSource, PackageSource, Source, SourceError
 
 
@@ -114,36 +110,24 @@ def _convert(gguf: Path, workspace: Path, reporter: Reporter) -> Path:
     caches.require_space(workspace, 2 * header.elements)
     made = workspace / "converted"
     made.mkdir()
-    root = str(Path(inference.__file__).parents[1])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
-        "HF_HUB_OFFLINE": "1",
-        "TQDM_DISABLE": "1",
-        "CUDA_VISIBLE_DEVICES": "",  # a conversion needs no device, and takes none from an engine
-    }
     failed: Failed | None = None
-    with subprocess.Popen(
-        [sys.executable, "-P", "-m", "inference.sources.convert", str(gguf), str(made)],
-        env=environment,
-        stdin=subprocess.PIPE,  # closed with us: the child then ends
-        stdout=subprocess.PIPE,
-        text=True,
-        errors="replace",
+    with running(
+        "inference.sources.convert",
+        str(gguf),
+        str(made),
+        # A conversion needs no network and no device, and takes no memory from an engine there.
+        environment={"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"},
     ) as child:
-        try:
-            for text in child.stdout or ():
-                try:
-                    line: Line = msgspec.json.decode(text, type=Line)
-                except msgspec.MsgspecError:
-                    continue  # a library's own print
-                if isinstance(line, Failed):
-                    failed = line
-                else:
-                    reporter.progress(CopyPhase.CONVERTING, line.step, line.done, line.total, unit="tensors")
-            child.wait()
-        finally:
-            package.end(child)
+        for text in child.stdout or ():
+            try:
+                line: Line = msgspec.json.decode(text, type=Line)
+            except msgspec.MsgspecError:
+                continue  # a library's own print
+            if isinstance(line, Failed):
+                failed = line
+            else:
+                reporter.progress(CopyPhase.CONVERTING, line.step, line.done, line.total, unit="tensors")
+        child.wait()
     if child.returncode != 0:
         raise _conversion_error(child.returncode, failed)
     if check_folder(made) is not None:

@@ -1,13 +1,39 @@
-"""Saying how far a preparation is, a few times per second at most."""
+"""What a preparation and its conversion say of themselves, a few times per second at most."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
-from inference.protocol import CopyPhase, CopyReport, Progress
+import msgspec
+
+from inference.protocol import Cause, CopyPhase, CopyReport, Progress
 
 _INTERVAL = 0.2
+
+
+class Preparation(CopyReport, frozen=True, kw_only=True, omit_defaults=True):
+    """One line of output: a `CopyReport`, and where the model lies once it is ready."""
+
+    path: str = ""
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
+    """So many of the tensors are done, or the last part (`save`) has begun."""
+
+    step: str
+    done: int = 0
+    total: int = 0
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
+    """The last line of a conversion that exits 1."""
+
+    cause: Cause
+    detail: str
+
+
+Line = Step | Failed
 
 
 class Reporter:

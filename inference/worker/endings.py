@@ -25,17 +25,19 @@ def classify_end(
     *, told: EngineFailed | None, exit_code: int, log_tail: list[str], killed_for_memory: bool
 ) -> tuple[Cause, str]:
     """The cause and one sentence for people. `exit_code` is negative for a signal, as in `Popen`."""
-    if told is not None:
+    if told is not None and told.cause is not Cause.CRASHED:
         return told.cause, told.detail
     number = -exit_code if exit_code < 0 else exit_code - 128 if exit_code > 128 else 0
     if number == signal.SIGKILL and killed_for_memory:
         return Cause.OUT_OF_MEMORY, "The system ended the engine because memory ran out."
     if number in _FROM_OUTSIDE:
-        return Cause.KILLED, f"The engine was ended from outside by {signal.Signals(number).name}."
+        return Cause.KILLED, f"The engine was ended from outside by {_signal_name(number)}."
     printed = "\n".join(log_tail).lower()
     for telltale, cause, detail in _TELLTALES:
         if telltale in printed:
             return cause, detail
+    if told is not None:
+        return told.cause, told.detail
     if exit_code < 0:
         return Cause.CRASHED, f"The engine ended by {_signal_name(number)}."
     return Cause.CRASHED, f"The engine ended by itself with exit code {exit_code}."

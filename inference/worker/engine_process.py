@@ -44,8 +44,11 @@ _LOAD_REPLY_SECONDS = 2.0
 _ORDER_SECONDS = 2.0
 _BACKLOG = 2048
 
-_NOT_FOR_ENGINES = ("ROUNDHOUSE_", "DJANGO_", "CELERY_", "DATABASE_URL", "REDIS_URL")
+_NOT_FOR_ENGINES = ("ROUNDHOUSE_", "DJANGO_", "CELERY_", "PG", "DATABASE_URL", "REDIS_URL")
 """Variables of the control plane: an engine runs other people's code on other people's text."""
+
+_AGENT_MARK = "ROUNDHOUSE_WORKER"
+"""Names the worker's folder; by it an agent finds what a dead worker left running."""
 
 
 class PortTaken(Exception):
@@ -54,7 +57,11 @@ class PortTaken(Exception):
 
 def engine_environment(base: Mapping[str, str], extra: Mapping[str, str], secret: str) -> dict[str, str]:
     """The child's environment: ours without the control plane's, then the deployment's."""
-    kept = {name: value for name, value in base.items() if not name.startswith(_NOT_FOR_ENGINES)}
+    kept = {
+        name: value
+        for name, value in base.items()
+        if name == _AGENT_MARK or not name.startswith(_NOT_FOR_ENGINES)
+    }
     return {**kept, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **extra, SECRET_VARIABLE: secret}
 
 

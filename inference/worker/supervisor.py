@@ -104,8 +104,10 @@ class Supervisor:
         if not self._asked.done():
             return await self._explain_exit()
         end = self._asked.result()
-        code = await self._engine.stop(at_once=end.cause is Cause.HUNG)
-        return _End(cause=end.cause, detail=end.detail, exit_code=code)
+        hung = end.cause is Cause.HUNG
+        code = await self._engine.stop(at_once=hung)
+        # An engine that ended because we asked has ended well, whatever its code.
+        return _End(cause=end.cause, detail=end.detail, exit_code=code if hung else 0)
 
     async def _explain_exit(self) -> _End:
         code = self._engine.exited.result()

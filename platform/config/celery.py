@@ -6,4 +6,4 @@ from celery import Celery
 
 app = Celery("roundhouse")
 app.config_from_object("django.conf:settings", namespace="CELERY")
-app.autodiscover_tasks()
+app.autodiscover_tasks(["inference"])

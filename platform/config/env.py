@@ -24,6 +24,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -70,6 +71,18 @@ def read_env(environ: Mapping[str, str] = os.environ) -> Env:
         cors_origins=tuple(_split(environ.get("ROUNDHOUSE_CORS_ORIGINS", ""))),
         log_level=_log_level(environ.get("ROUNDHOUSE_LOG_LEVEL") or "INFO"),
     )
+
+
+def celery_broker(redis_url: str | None) -> str | None:
+    """A Redis address as Celery writes it: a unix socket has another form there.
+
+    `unix:///run/redis.sock?db=1` becomes `redis+socket:///run/redis.sock?virtual_host=1`.
+    """
+    if redis_url is None or not redis_url.startswith("unix://"):
+        return redis_url
+    parts = urlsplit(redis_url)
+    database = parse_qs(parts.query).get("db", ["0"])[0]
+    return f"redis+socket://{parts.netloc}{parts.path}?virtual_host={database}"
 
 
 def _split(text: str) -> list[str]:

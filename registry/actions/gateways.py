@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from django.db import transaction
 
 from registry.models import Gateway
 from registry.querysets import database_now
+
+SILENT_GATEWAYS_KEPT = timedelta(hours=1)
 
 
 @transaction.atomic
@@ -23,3 +27,9 @@ def note_gateway(*, name: str, unbroken: bool) -> None:
 def forget_gateway(*, name: str) -> None:
     """The gateway ends in good order."""
     Gateway.objects.filter(name=name).delete()
+
+
+def forget_silent_gateways() -> int:
+    """Delete gateways that ended without a word long ago; returns how many."""
+    deleted, _ = Gateway.objects.filter(seen_at__lt=database_now() - SILENT_GATEWAYS_KEPT).delete()
+    return deleted

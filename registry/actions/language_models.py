@@ -7,8 +7,8 @@ from typing import Any
 from django.db import transaction
 from django.utils import timezone
 
-from registry.actions.events import record_event
-from registry.models import LanguageModel, ModelCopy, Node
+from registry.actions.events import publish_change, record_event
+from registry.models import Deployment, LanguageModel, ModelCopy, Node
 from registry.states import CopyState
 
 
@@ -40,3 +40,16 @@ def record_copy(*, node: Node, language_model_id: int, state: CopyState, **facts
     )
     if before is None or before.state != state:
         record_event(copy, state, reason=facts["detail"], by=f"agent {node.name}")
+
+
+@transaction.atomic
+def note_context_length(*, language_model_id: int, context_length: int) -> None:
+    """Note what the engine tells of the model; gateways hear of it only when it is news."""
+    changed = (
+        LanguageModel.objects.filter(pk=language_model_id)
+        .exclude(context_length=context_length)
+        .update(context_length=context_length)
+    )
+    if changed:
+        for deployment in Deployment.objects.filter(language_model_id=language_model_id):
+            publish_change("deployment", str(deployment.pk))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from django.db import IntegrityError, transaction
@@ -52,10 +52,12 @@ def move_worker(
     reason: str,
     by: str,
     facts: dict[str, Any] | None = None,
+    only_from: Collection[WorkerState] | None = None,
 ) -> None:
     """Move a worker's state by compare-and-set and note it. `facts` are further columns to write.
 
-    Raises InvalidTransition when the worker is no longer in a state from which it may move there.
+    Raises InvalidTransition when the worker is no longer in a state from which it may move there,
+    or not in one of `only_from`, where the reason to move it holds in some states only.
     """
     now = database_now()
     columns: dict[str, Any] = {
@@ -68,9 +70,10 @@ def move_worker(
         columns |= {"running": 0, "waiting": 0, "kv_use": 0}
     if to == WorkerState.READY:
         columns |= {"ready_at": now, "heartbeat_at": now}
-    changed = Worker.objects.filter(
-        pk=worker.pk, epoch=worker.epoch, state__in=sources_of(to, WORKER_TRANSITIONS)
-    ).update(**columns)
+    sources: Collection[WorkerState] = sources_of(to, WORKER_TRANSITIONS)
+    if only_from is not None:
+        sources = sorted(frozenset(sources) & frozenset(only_from))
+    changed = Worker.objects.filter(pk=worker.pk, epoch=worker.epoch, state__in=sources).update(**columns)
     if not changed:
         raise InvalidTransition(f"Worker {worker} cannot become {to} now.")
     worker.refresh_from_db()

@@ -12,9 +12,11 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import msgspec
 import psutil
 import pytest
@@ -38,7 +40,9 @@ from inference.protocol import (
     NodeReport,
     ProcessReport,
     Wish,
+    WorkerPhase,
 )
+from inference.worker.spec import ProcessState
 
 SECRET = "s3cret-of-the-node"
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,7 +107,6 @@ class Gateway:
         self.url = ""
         self.orders = NodeOrders()
         self.reports: list[NodeReport] = []
-        self.arrivals: list[float] = []
         self.joins: list[tuple[str, JoinRequest]] = []
         self.status = 200
         self._runner: web.AppRunner | None = None
@@ -164,7 +167,6 @@ class Gateway:
         if self.status != 200:
             return web.json_response({"error": {"message": "no"}}, status=self.status)
         self.reports.append(report)
-        self.arrivals.append(time.monotonic())
         return _json(self.orders)
 
     async def _worker(self, request: web.Request) -> web.Response:
@@ -207,6 +209,21 @@ def processes_with(*arguments: str) -> list[psutil.Process]:
             if set(arguments) <= set(process.cmdline()):
                 found.append(process)
     return found
+
+
+def ready(folder: Path) -> ProcessState | None:
+    """The state of a real worker, once it is ready."""
+    try:
+        state = msgspec.json.decode((folder / "state.json").read_bytes(), type=ProcessState)
+    except FileNotFoundError:
+        return None
+    return state if state.phase is WorkerPhase.READY else None
+
+
+async def answers(state: ProcessState) -> bool:
+    headers = {"authorization": "Bearer w0rker-secret"}
+    async with aiohttp.ClientSession() as session, session.get(f"{state.url}/load", headers=headers) as reply:
+        return reply.status == 200
 
 
 @pytest.fixture
@@ -343,6 +360,16 @@ def start_process(gateway: Gateway, data: Path, cache: Path) -> Iterator[StartPr
         agent.end()
 
 
+def test_the_agent_runs_without_django_and_without_torch() -> None:
+    code = """
+import sys
+for name in ("django", "rest_framework", "channels", "torch", "transformers", "registry", "config"):
+    sys.modules[name] = None
+import inference.agent.__main__, inference.agent.app, inference.agent.command
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], env=clean_environment(), check=True)
+
+
 # -- launching
 
 
@@ -385,13 +412,14 @@ async def test_a_command_that_is_not_there_is_reported_and_the_agent_goes_on(
     gateway: Gateway, data: Path, cache: Path
 ) -> None:
     gateway.order(assignment())
-    agent = Agent(identity(gateway), data=data, cache=cache, worker_command=("/no/such/program",))
+    agent = Agent(
+        identity(gateway), data=data, cache=cache, worker_command=("/no/such/program",), beat_seconds=0.2
+    )
     task = asyncio.create_task(agent.run())
     (ended,) = await until(lambda: gateway.ends(1))
     assert ended.cause is Cause.CRASHED
     assert ended.detail == "The worker could not be started: No such file or directory."
-    beats = len(gateway.reports)
-    await until(lambda: len(gateway.reports) > beats)
+    await next_beat(gateway)
     await end(task)
 
 
@@ -402,8 +430,8 @@ async def test_a_killed_worker_is_reported_within_a_second_and_once(gateway: Gat
     gateway.order(assignment())
     start()
     pid = await until(lambda: gateway.running_pid(1))
-    gateway.order()
     os.kill(pid, signal.SIGKILL)
+    gateway.order()
     (ended,) = await until(lambda: gateway.ends(1), seconds=1.0)
     assert (ended.cause, ended.exit_code, ended.pid) == (Cause.KILLED, -9, pid)
     assert "SIGKILL" in ended.detail
@@ -535,22 +563,49 @@ async def test_stop_all_returns_when_every_worker_is_gone(gateway: Gateway, star
 
 
 async def test_a_worker_outlives_its_killed_agent_and_is_adopted_by_the_next(
-    gateway: Gateway, start_process: StartProcess
+    gateway: Gateway, start_process: StartProcess, data: Path
 ) -> None:
     gateway.order(assignment())
     first = start_process()
     pid = await until(lambda: gateway.running_pid(1))
+    state = await until(lambda: ready(data / "node" / "workers" / "1-1"))
     first.end(signal.SIGKILL)
+    assert await answers(state)
     del gateway.reports[:]
     second = start_process()
     await until(lambda: gateway.reports)
     assert gateway.reports[0].agent_pid == second.pid
     assert gateway.running_pid(1) == pid
-    # The new agent is not the parent: it still sees the end at once.
-    gateway.order()
+    assert await answers(state)
+    # The new agent is not the parent: it still sees the end at once, and leaves no engine behind.
     os.kill(pid, signal.SIGKILL)
+    gateway.order()
     (ended,) = await until(lambda: gateway.ends(1), seconds=1.0)
     assert (ended.cause, ended.pid) == (Cause.KILLED, pid)
+    assert birth_of(state.engine_pid) is None
+
+
+async def test_a_stopped_worker_and_its_engine_end_in_order(
+    gateway: Gateway, start_process: StartProcess, data: Path
+) -> None:
+    gateway.order(assignment(), assignment(2))
+    start_process()
+    folders = [data / "node" / "workers" / name for name in ("1-1", "2-1")]
+    states = [await until(lambda folder=folder: ready(folder)) for folder in folders]
+    gateway.order(assignment(wish=Wish.STOP), assignment(2, wish=Wish.DRAIN))
+    ends = [(await until(lambda n=n: gateway.ends(n)))[0] for n in (1, 2)]
+    assert [end.cause for end in ends] == [Cause.STOPPED, Cause.STOPPED]
+    assert [birth_of(state.engine_pid) for state in states] == [None, None]
+
+
+async def test_an_engine_that_fails_to_load_is_reported_with_the_workers_own_words(
+    gateway: Gateway, start_process: StartProcess
+) -> None:
+    gateway.order(assignment(arguments={"fail_load": "out_of_memory"}))
+    start_process()
+    ended = (await until(lambda: gateway.ends(1)))[0]
+    assert ended.cause is Cause.OUT_OF_MEMORY
+    assert ended.detail
 
 
 async def test_sigterm_ends_the_agent_and_leaves_its_workers(
@@ -749,14 +804,19 @@ def nudge(app: Celery, generation: int) -> None:
 
 
 async def nudged(app: Celery, gateway: Gateway) -> None:
-    """Wait until nudges bring reports at once: faster than the agent beats by itself."""
-
-    def three_quick_ones() -> bool:
-        arrivals = gateway.arrivals[-3:]
+    """Wait until one nudge, sent just after a beat, brings the next one long before its time."""
+    deadline = time.monotonic() + 20
+    while True:
+        await next_beat(gateway, seconds=5)
         nudge(app, 1)
-        return len(arrivals) == 3 and arrivals[2] - arrivals[0] < 1.0
+        with contextlib.suppress(AssertionError):
+            return await next_beat(gateway, seconds=1)
+        assert time.monotonic() < deadline, "no nudge was heard"
 
-    await until(three_quick_ones, seconds=20.0)
+
+async def next_beat(gateway: Gateway, seconds: float = 10) -> None:
+    beats = len(gateway.reports)
+    await until(lambda: len(gateway.reports) > beats, seconds)
 
 
 async def test_a_nudge_is_answered_at_once_also_after_redis_was_away(
@@ -778,12 +838,49 @@ async def test_a_nudge_is_answered_at_once_also_after_redis_was_away(
     assert processes_with("inference.agent.app", str(data)) == []
 
 
-async def test_an_agent_starts_without_its_redis(gateway: Gateway, start_process: StartProcess) -> None:
+async def test_an_agent_starts_and_goes_on_without_its_redis(
+    gateway: Gateway, start_process: StartProcess
+) -> None:
     gateway.order(assignment())
-    start_process("redis://127.0.0.1:1/0")
+    agent = start_process("redis://:pa55word@127.0.0.1:1/0")
     await until(lambda: gateway.running_pid(1))
-    beats = len(gateway.reports)
-    await until(lambda: len(gateway.reports) >= beats + 2)
+    await until(lambda: "Cannot connect to redis" in agent.log.read_text())
+    await next_beat(gateway)
+    assert agent.log.read_text().count("Cannot connect to redis") == 1
+    assert "pa55word" not in agent.log.read_text()
+
+
+async def test_a_message_that_is_no_nudge_does_no_harm(
+    gateway: Gateway, start_process: StartProcess, redis: Redis
+) -> None:
+    start_process(redis.url)
+    with control_app(redis) as app:
+        await nudged(app, gateway)
+        send = partial(app.send_task, queue="node.n1", ignore_result=True)
+        send("inference.agent.nudge", args=["x; rm"])
+        send("inference.agent.nudge", args=[])
+        send("os.system", args=["true"])
+        app.conf.accept_content = ["pickle"]
+        send("inference.agent.nudge", args=[3], serializer="pickle")
+        await nudged(app, gateway)
+
+
+async def test_the_listener_ends_with_a_killed_agent(
+    gateway: Gateway, start_process: StartProcess, redis: Redis, data: Path
+) -> None:
+    agent = start_process(redis.url)
+    await until(lambda: processes_with("inference.agent.app", str(data)))
+    agent.end(signal.SIGKILL)
+    await until(lambda: not processes_with("inference.agent.app", str(data)), seconds=3.0)
+
+
+async def test_a_killed_listener_is_started_again(
+    gateway: Gateway, start_process: StartProcess, redis: Redis, data: Path
+) -> None:
+    start_process(redis.url)
+    (first,) = await until(lambda: processes_with("inference.agent.app", str(data)))
+    first.kill()
+    await until(lambda: {p.pid for p in processes_with("inference.agent.app", str(data))} - {first.pid})
 
 
 # -- joining

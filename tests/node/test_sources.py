@@ -20,8 +20,7 @@ import msgspec
 import pytest
 
 from inference.protocol import Cause, CopyPhase, CopyReport
-from inference.sources import FolderSource, PackageSource, SourceError, parse_source
-from inference.sources.__main__ import Preparation
+from inference.sources import FolderSource, PackageSource, Preparation, SourceError, parse_source
 from inference.sources.cache import MANIFEST, require_space, verify
 from inference.sources.package import scrubbed
 from inference.sources.prepare import prepare

@@ -6,7 +6,7 @@
     prompt.py     messages -> token ids
     batcher.py    token ids in, token ids out: the thread that runs the model
     sampling.py   how each request of a batch chooses its next token
-    text.py       token ids -> text, stop strings
+    text.py       token ids -> text
 
 Only `engine` is for callers. Importing this package imports no torch; importing `engine` does.
 """

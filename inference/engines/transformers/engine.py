@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from inference.engines.base import (
     BadRequest,
@@ -17,12 +17,13 @@ from inference.engines.base import (
     LoadError,
     Sampling,
 )
+from inference.engines.stops import StopStrings
 from inference.engines.transformers.arguments import read_arguments
 from inference.engines.transformers.batcher import Batcher
 from inference.engines.transformers.loading import Loaded, is_out_of_memory, load, out_of_memory
 from inference.engines.transformers.prompt import Prompts
 from inference.engines.transformers.sampling import GREEDY, Choice
-from inference.engines.transformers.text import Detokenizer, StopFinder
+from inference.engines.transformers.text import Detokenizer
 from inference.protocol import Cause, Load, Progress
 
 logger = logging.getLogger("roundhouse.engine")
@@ -35,22 +36,25 @@ MOST_TEMPERATURE = 100.0
 
 
 class TransformersEngine:
-    """Serves one model folder by Hugging Face transformers. See `inference.engines.base.Engine`."""
+    """Serves one model folder by Hugging Face transformers. See `inference.engines.base.Engine`.
+
+    Creating it checks the arguments (LoadError) and reads nothing.
+    """
 
     capabilities = frozenset({"temperature", "top_p", "top_k", "stop", "ignore_eos"})
 
     def __init__(self, spec: EngineSpec) -> None:
         self.context_length = 0
         self._spec = spec
+        self._arguments = read_arguments(spec.arguments)
+        if spec.slots < 1:
+            raise LoadError(Cause.BAD_ARGUMENT, "'slots' must be at least 1.")
         self._loaded: Loaded | None = None
         self._prompts: Prompts | None = None
         self._batcher: Batcher | None = None
 
     async def load(self, progress: Callable[[Progress], None]) -> None:
         """Get ready to generate, reporting progress. Raises LoadError."""
-        arguments = read_arguments(self._spec.arguments)
-        if self._spec.slots < 1:
-            raise LoadError(Cause.BAD_ARGUMENT, "'slots' must be at least 1.")
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[tuple[Loaded, Batcher, int]] = loop.create_future()
 
@@ -61,7 +65,7 @@ class TransformersEngine:
             # A daemon thread, and so is the batching thread that it starts: a process that has to
             # end is not held up by a long step. It stays to tell us when the batching thread ends.
             try:
-                loaded = load(self._spec, arguments, report)
+                loaded = load(self._spec, self._arguments, report)
                 report(Progress(step="warming up"))
                 batcher = Batcher(loaded, self._spec.slots, loop)
                 room = batcher.prepare()
@@ -83,7 +87,7 @@ class TransformersEngine:
         self.context_length = min(loaded.plan.context_length, room)
         await self._warm_up(batcher)
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
         """Yield the answer. Closing the iterator aborts. See `Engine.generate` for what it raises."""
         loaded, prompts, batcher = self._loaded, self._prompts, self._batcher
         if loaded is None or prompts is None or batcher is None:
@@ -160,7 +164,7 @@ class _Answer:
     def __init__(self, loaded: Loaded, sampling: Sampling, *, prompt_tokens: int) -> None:
         backend = loaded.tokenizer.backend_tokenizer
         self._text = Detokenizer(lambda ids: backend.decode(ids, skip_special_tokens=True))
-        self._stops = StopFinder(sampling.stop)
+        self._stops = StopStrings(sampling.stop)
         self._eos = frozenset() if sampling.ignore_eos else loaded.eos
         self._prompt_tokens = prompt_tokens
         self._tokens = 0
@@ -168,13 +172,10 @@ class _Answer:
     def take(self, token: int, *, last: bool) -> Delta | None:
         """The delta this token makes; None while its text is kept back."""
         self._tokens += 1
-        text, stopped = self._stops.push(self._text.push(token))
-        if last and not stopped:
-            rest, stopped = self._stops.push(self._text.flush())
-            text += rest
-            if not stopped:
-                text += self._stops.flush()
-        if stopped:
+        text = self._stops.feed(self._text.push(token))
+        if last:
+            text += self._stops.feed(self._text.flush()) + self._stops.flush()
+        if self._stops.met:
             reason = "stop"
         elif last:
             reason = "stop" if token in self._eos else "length"

@@ -76,12 +76,12 @@ class Prompts:
 
 def _plain(message: dict[str, Any], at: int) -> dict[str, Any]:
     """The message with a known role and its content as one string."""
-    role = ROLES.get(message.get("role", ""))
-    if role is None:
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
         raise BadRequest(
             f"messages[{at}].role must be one of {', '.join(sorted(ROLES))}.", param=f"messages[{at}].role"
         )
-    return {**message, "role": role, "content": _text(message.get("content"), at)}
+    return {**message, "role": ROLES[role], "content": _text(message.get("content"), at)}
 
 
 def _text(content: Any, at: int) -> str:

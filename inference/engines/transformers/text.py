@@ -1,8 +1,8 @@
-"""Token ids to text as they come: never half a character, never a part of a stop string."""
+"""Token ids to text as they come, never half a character."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 HALF = "\N{REPLACEMENT CHARACTER}"
 """What decoders write for bytes that are not (yet) a whole character."""
@@ -49,37 +49,3 @@ class Detokenizer:
         piece = self._decode(self._window)[len(self._sent) :]
         self._window, self._context, self._sent = [], 0, ""
         return piece
-
-
-class StopFinder:
-    """Passes text on up to the first stop string; keeps back what may be the start of one."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """Text that may be shown now, and whether a stop string was found (nothing comes after it)."""
-        if not self._stops or not text:
-            return text, False
-        text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
-        if found:
-            self._held = ""
-            return text[: min(found)], True
-        keep = max(_overlap(text, stop) for stop in self._stops)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], False
-
-    def flush(self) -> str:
-        """What was kept back, when no more text comes."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a start of `stop`, but not all of it."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0

@@ -4,7 +4,7 @@ import sys
 
 import dj_database_url
 
-from config.env import ROOT, BadEnvironment, read_env
+from config.env import ROOT, BadEnvironment, celery_broker, read_env
 
 try:
     ENV = read_env()
@@ -122,6 +122,36 @@ ROUNDHOUSE_CACHE = ENV.cache
 ROUNDHOUSE_REDIS_URL = ENV.redis_url
 ROUNDHOUSE_KEY_PEPPERS = ENV.key_peppers
 ROUNDHOUSE_CORS_ORIGINS = ENV.cors_origins
+
+# -- Celery: control's queue, and the nudges it sends to the agents' queues.
+CELERY_BROKER_URL = celery_broker(ENV.redis_url)
+CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
+CELERY_BROKER_CONNECTION_MAX_RETRIES = None
+CELERY_BROKER_TRANSPORT_OPTIONS = {
+    # A Redis that hangs must not hang control.
+    "socket_connect_timeout": 2,
+    "socket_timeout": 5,
+    "socket_keepalive": True,
+    "health_check_interval": 10,
+}
+# A message that cannot be sent now is not worth waiting for: the next tick sends another.
+CELERY_TASK_PUBLISH_RETRY = False
+CELERY_TASK_SERIALIZER = "json"
+CELERY_ACCEPT_CONTENT = ["json"]
+CELERY_TASK_IGNORE_RESULT = True
+CELERY_TASK_DEFAULT_QUEUE = "control"
+CELERY_TIMEZONE = "UTC"
+CELERY_WORKER_ENABLE_REMOTE_CONTROL = False
+CELERY_WORKER_SEND_TASK_EVENTS = False
+CELERY_WORKER_HIJACK_ROOT_LOGGER = False
+CELERY_WORKER_REDIRECT_STDOUTS = False
+CELERY_WORKER_PREFETCH_MULTIPLIER = 1
+# An expiry keeps a backlog from piling up while nobody works it off.
+CELERY_BEAT_SCHEDULE = {
+    "tick": {"task": "inference.tick", "schedule": 1.0, "options": {"expires": 2}},
+    "recover_spools": {"task": "inference.recover_spools", "schedule": 10.0, "options": {"expires": 10}},
+    "housekeeping": {"task": "inference.housekeeping", "schedule": 60.0, "options": {"expires": 60}},
+}
 
 LOGGING = {
     "version": 1,

@@ -1,0 +1,73 @@
+"""Control's tasks: thin, idempotent, derived from the database each time. Scheduled in the settings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from threading import Lock
+
+from celery import shared_task
+from django.conf import settings
+from django.db import close_old_connections, connection
+
+from inference.liveness import reap
+from inference.nudges import send_nudges
+from inference.reconcile import reconcile
+from registry.actions.events import forget_old_changes
+from registry.actions.gateways import forget_silent_gateways
+from registry.querysets import database_now
+
+log = logging.getLogger("roundhouse.control")
+
+
+def one_at_a_time(body: Callable[[], None]) -> Callable[[], None]:
+    """Run on a fresh connection, skip while the same task still runs in this process, survive errors.
+
+    Two controls at once need no lock between them: constraints and compare-and-set let one win.
+    """
+    running = Lock()
+
+    @wraps(body)
+    def task() -> None:
+        if not running.acquire(blocking=False):
+            return
+        try:
+            close_old_connections()
+            body()
+        except Exception:
+            log.exception(
+                "%s failed; it comes again", body.__name__, extra={"event": f"{body.__name__}_failed"}
+            )
+            # Whatever broke in mid-transaction must not be met again.
+            connection.close()
+        finally:
+            running.release()
+
+    return task
+
+
+@shared_task(name="inference.tick")  # type: ignore[untyped-decorator]
+@one_at_a_time
+def tick() -> None:
+    """Judge silence, then bring the facts nearer to the wishes."""
+    reap(database_now())
+    reconcile(send_nudges)
+
+
+@shared_task(name="inference.recover_spools")  # type: ignore[untyped-decorator]
+@one_at_a_time
+def recover_spools() -> None:
+    """Bring into the ledger what dead gateways of this machine left on disk."""
+    from registry.spool import recover_all
+
+    recover_all(Path(settings.ROUNDHOUSE_DATA) / "spool")
+
+
+@shared_task(name="inference.housekeeping")  # type: ignore[untyped-decorator]
+@one_at_a_time
+def housekeeping() -> None:
+    """Forget what nobody asks for any more."""
+    forget_old_changes()
+    forget_silent_gateways()

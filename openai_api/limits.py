@@ -1,0 +1,30 @@
+"""Every bound on what a client may send, in one table. `docs` print it; each is tested at the limit
+and one past it."""
+
+BODY_BYTES = 4 * 1024 * 1024
+JSON_DEPTH = 64
+MESSAGES = 4096
+CONTENT_PARTS = 4096
+STOP_STRINGS = 16
+STOP_STRING_BYTES = 256
+TOOLS = 128
+N = 128
+LOGIT_BIAS_ENTRIES = 1024
+TOP_LOGPROBS = 20
+MODEL_NAME_LENGTH = 256
+INT64_MAX = 2**63 - 1
+INT64_MIN = -(2**63)
+
+TEMPERATURE_MAX = 2.0
+TOP_P_MAX = 1.0
+PENALTY_MAX = 2.0
+"""Presence and frequency penalties lie within minus this and this."""
+
+HEADER_BLOCK_BYTES = 16 * 1024
+HEADER_SECONDS = 10.0
+"""A connection that has not sent a whole header after this is closed."""
+BODY_SECONDS = 30.0
+"""A body that is not complete this long after its header ends the connection."""
+
+WORKERS_TRIED = 3
+"""How many workers one request may try before its first byte."""

@@ -1,0 +1,167 @@
+"""Processes are killed; judged by process lists and `Event` rows, not by our own status page."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import time
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+
+from tests.e2e.conftest import Roundhouse, eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.timeout(600)]
+
+
+def answers(roundhouse: Roundhouse, model: str) -> bool:
+    try:
+        roundhouse.client(max_retries=0, timeout=20).chat.completions.create(
+            model=model, messages=[{"role": "user", "content": "Hello"}], max_tokens=2
+        )
+    except Exception:
+        return False
+    return True
+
+
+def test_a_killed_agent_comes_back_and_adopts_its_worker(roundhouse: Roundhouse):
+    model = roundhouse.credentials["chat_model"]
+    before = roundhouse.worker(model)
+    agent = roundhouse.part("agent")
+    os.kill(agent.pid, signal.SIGKILL)
+    eventually(
+        lambda: (
+            psutil.Process(json.loads((roundhouse.data / "run" / "agent.json").read_text())["pid"]).pid
+            != agent.pid
+        ),
+        seconds=10,
+        what="the agent runs again",
+    )
+    new_pid = roundhouse.part("agent").pid
+    eventually(
+        lambda: roundhouse.rows("SELECT agent_pid FROM registry_node WHERE agent_pid = %s", new_pid),
+        seconds=15,
+        what="the new agent reports",
+    )
+    # Two beats later the worker is still the same process: it was adopted, not started anew.
+    time.sleep(5)
+    after = roundhouse.worker(model)
+    assert (after.id, after.epoch, after.pid, after.engine_pid) == (
+        before.id,
+        before.epoch,
+        before.pid,
+        before.engine_pid,
+    )
+    assert after.state == "ready"
+    assert psutil.pid_exists(before.pid)
+    assert psutil.pid_exists(before.engine_pid)
+    assert answers(roundhouse, model)
+
+
+@pytest.mark.parametrize("victim", ["pid", "engine_pid"], ids=["its supervisor", "its engine"])
+def test_a_killed_worker_is_replaced_and_answers_within_15_seconds(roundhouse: Roundhouse, victim: str):
+    model = roundhouse.credentials["chat_model"]
+    before = roundhouse.worker(model)
+    os.kill(getattr(before, victim), signal.SIGKILL)
+    killed = time.monotonic()
+    eventually(
+        lambda: roundhouse.worker(model).epoch == before.epoch + 1 and answers(roundhouse, model),
+        seconds=15,
+        what=f"a new worker answers {roundhouse.logs()}",
+    )
+    took = time.monotonic() - killed
+    after = roundhouse.worker(model)
+    print(f"killed {victim}: answered again after {took:.1f} s")
+    assert after.epoch == before.epoch + 1
+    assert after.pid != before.pid
+    assert not psutil.pid_exists(before.engine_pid)
+    assert roundhouse.worker_events(before.id)[-1] == "failed"
+    assert roundhouse.worker_events(after.id)[-1] == "ready"
+
+
+def test_a_killed_gateway_comes_back_with_everything_as_it_was(roundhouse: Roundhouse):
+    model = roundhouse.credentials["chat_model"]
+    before = roundhouse.worker(model)
+    gateway = roundhouse.part("gateway")
+    os.kill(gateway.pid, signal.SIGKILL)
+    address = urlsplit(roundhouse.credentials["base_url"])
+
+    def first_models():
+        # The first request that gets through at all is the one that is judged.
+        connection = http.client.HTTPConnection(address.hostname, address.port, timeout=5)
+        try:
+            connection.request(
+                "GET",
+                "/v1/models",
+                headers={"Authorization": f"Bearer {roundhouse.credentials['api_key']}"},
+            )
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        except OSError:
+            return None
+        finally:
+            connection.close()
+
+    status, models = eventually(first_models, seconds=20, what="the gateway answers again")
+    assert status == 200
+    assert model in [entry["id"] for entry in models["data"]]
+    assert answers(roundhouse, model)
+    after = roundhouse.worker(model)
+    assert (after.id, after.epoch, after.pid) == (before.id, before.epoch, before.pid)
+    assert after.state == "ready"
+
+
+def test_with_celery_stopped_serving_goes_on_and_nothing_is_launched(roundhouse: Roundhouse):
+    roundhouse.deploy_simulated("without-celery")
+    control = roundhouse.part("control")
+    family = [control, *control.children(recursive=True)]
+    for process in family:
+        process.suspend()
+    try:
+        before = roundhouse.worker("without-celery")
+        launches = roundhouse.rows("SELECT count(*) FROM registry_worker")[0][0]
+        assert answers(roundhouse, "without-celery")
+        os.kill(before.pid, signal.SIGKILL)
+        time.sleep(8)
+        assert roundhouse.rows("SELECT count(*) FROM registry_worker")[0][0] == launches
+        assert answers(roundhouse, roundhouse.credentials["chat_model"])
+    finally:
+        for process in family:
+            process.resume()
+    eventually(
+        lambda: (
+            roundhouse.worker("without-celery").epoch == before.epoch + 1
+            and answers(roundhouse, "without-celery")
+        ),
+        seconds=20,
+        what="with Celery back the worker is replaced",
+    )
+
+
+def test_a_missing_model_folder_fails_its_deployment_alone(roundhouse: Roundhouse):
+    roundhouse.manage(
+        "shell",
+        "-v0",
+        "-c",
+        "from registry.actions.language_models import add_language_model\n"
+        "from registry.actions.deployments import deploy\n"
+        "model = add_language_model(name='missing', source='/no/such/folder', by='test')\n"
+        "deploy(name='missing', language_model=model, route='missing', by='test')",
+    )
+    eventually(
+        lambda: (worker := roundhouse.worker("missing")) and worker.state == "failed",
+        seconds=30,
+        what="the worker failed",
+    )
+    time.sleep(3)
+    (reason,) = roundhouse.rows(
+        "SELECT cause, state_reason FROM registry_worker WHERE name LIKE 'missing-%%'"
+        if roundhouse.environment.get("DATABASE_URL")
+        else "SELECT cause, state_reason FROM registry_worker WHERE name LIKE 'missing-%'"
+    )
+    assert reason[0] == "missing_file"
+    assert "/no/such/folder" in reason[1]
+    assert answers(roundhouse, roundhouse.credentials["chat_model"])

@@ -1,0 +1,58 @@
+import json
+import stat
+
+import pytest
+from django.contrib.auth import authenticate
+
+from config.first_run import BUNDLED_MODEL, credentials_path, prepare
+from registry.actions.api_keys import revoke_api_key
+from registry.actions.deployments import delete_deployment
+from registry.models import ApiKey, Deployment
+
+pytestmark = pytest.mark.django_db
+
+
+@pytest.fixture(autouse=True)
+def _own_data_folder(settings, tmp_path):
+    settings.ROUNDHOUSE_DATA = tmp_path
+
+
+def test_a_new_roundhouse_has_an_administrator_a_key_and_the_bundled_model():
+    credentials, is_new = prepare(url="http://127.0.0.1:8000")
+    assert is_new
+    assert authenticate(username=credentials.admin_username, password=credentials.admin_password)
+    assert ApiKey.objects.get().public_id in credentials.api_key
+    assert Deployment.objects.get().name == credentials.chat_model == BUNDLED_MODEL
+    assert json.loads(credentials_path().read_text())["base_url"] == "http://127.0.0.1:8000/v1"
+    assert stat.S_IMODE(credentials_path().stat().st_mode) == 0o600
+
+
+def test_a_second_start_keeps_everything_and_shows_no_password():
+    first, _ = prepare(url="http://127.0.0.1:8000")
+    second, is_new = prepare(url="http://127.0.0.1:9000")
+    assert not is_new
+    assert second.api_key == first.api_key
+    assert second.admin_password == first.admin_password
+    assert second.base_url == "http://127.0.0.1:9000/v1"
+
+
+def test_what_a_person_deleted_does_not_come_back():
+    prepare(url="http://127.0.0.1:8000")
+    delete_deployment(deployment=Deployment.objects.get(), by="test")
+    prepare(url="http://127.0.0.1:8000")
+    assert not Deployment.objects.exists()
+
+
+def test_a_revoked_first_key_is_replaced():
+    first, _ = prepare(url="http://127.0.0.1:8000")
+    revoke_api_key(api_key=ApiKey.objects.get(), by="test")
+    second, _ = prepare(url="http://127.0.0.1:8000")
+    assert second.api_key != first.api_key
+    assert ApiKey.objects.count() == 2
+
+
+def test_an_existing_administrator_keeps_the_password(django_user_model):
+    django_user_model.objects.create_superuser("ada", password="her own")
+    credentials, is_new = prepare(url="http://127.0.0.1:8000")
+    assert not is_new
+    assert credentials.admin_password is None
