@@ -82,9 +82,7 @@ class _Speed:
         if busy and self.busy and made >= 0 and elapsed > 0:
             measured = made / elapsed
             self.value = (
-                measured
-                if self.value is None
-                else SPEED_WEIGHT * measured + (1 - SPEED_WEIGHT) * self.value
+                measured if self.value is None else SPEED_WEIGHT * measured + (1 - SPEED_WEIGHT) * self.value
             )
         self.tokens, self.at, self.busy = load.tokens, now, busy
 
@@ -140,13 +138,11 @@ class BeatBook:
 
     async def _run(self) -> None:
         while True:
-            pause = WRITE_SECONDS if await self._write() else AWAY_SECONDS
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    if pause == WRITE_SECONDS:
-                        await self._urgent.wait()
-                    else:
-                        await asyncio.sleep(pause)
+            if await self._write():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._urgent.wait(), WRITE_SECONDS)
+            else:
+                await asyncio.sleep(AWAY_SECONDS)
 
     async def _write(self) -> bool:
         """One round: beats, then presence. False when the database did not take it."""
@@ -171,6 +167,11 @@ class BeatBook:
             # Perhaps written, perhaps not: writing a beat twice changes nothing.
             self._keep(batch)
             raise
+        except Exception:
+            # A fault of ours must not end the book; these beats are dropped, lest they do it again.
+            log.exception("beats could not be written", extra={"event": "beats_dropped"})
+            self._noted_at = None
+            return False
         if self._away:
             log.info("the database takes beats again", extra={"event": "beats_written"})
         self._away = False

@@ -41,6 +41,9 @@ DONE = b"data: [DONE]"
 # 4xx that say something of the worker or of our secret, not of the request: another may take it.
 NOT_THE_REQUESTS_FAULT = frozenset({401, 403, 407, 408, 421, 425, 429})
 
+# A connection that failed because this process has run out of something says nothing of the worker.
+OUR_OWN_FAULT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+
 # A machine that lost its power sends no FIN: noticed in 10 + 3 * 5 seconds instead of never.
 _KEEPALIVE = [
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -183,8 +186,9 @@ class WorkerClient:
                 # Most likely an idle connection that it closed in this moment; nothing was answered.
                 response = await session.post(url, data=body, headers=headers, allow_redirects=False)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            ours = isinstance(error, aiohttp.ClientConnectorError) and error.errno in OUR_OWN_FAULT
             raise WorkerUnreachable(
-                f"{worker.name} cannot be connected to ({_short(error)}).", gone=True
+                f"{worker.name} cannot be connected to ({_short(error)}).", gone=not ours
             ) from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise WorkerUnreachable(f"{worker.name} gave no answer ({_short(error)}).") from error

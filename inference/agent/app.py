@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 from celery import Celery
 from celery.signals import setup_logging
@@ -42,7 +43,7 @@ def queue_of(name: str) -> str:
 
 def build_app(identity: Identity, heard: Callable[[int], None]) -> Celery:
     """The app of one node; `heard` gets the generation of every nudge."""
-    app = Celery("inference.agent", broker=identity.broker_url, set_as_current=False)
+    app = Celery("inference.agent", broker=_broker(identity.broker_url or ""), set_as_current=False)
     app.conf.update(
         accept_content=["json"],
         task_serializer="json",
@@ -61,7 +62,7 @@ def build_app(identity: Identity, heard: Callable[[int], None]) -> Celery:
 
     @app.task(name="inference.agent.nudge", ignore_result=True)  # type: ignore[untyped-decorator]
     def nudge(generation: int) -> None:
-        heard(generation)
+        heard(generation)  # a message without a number ends here, as a failed task
 
     return app
 
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> int:
 
     # With a receiver of this signal Celery leaves logging alone.
     setup_logging.connect(_set_up_logging)
-    app = build_app(identity, lambda generation: _write(line, f"{generation:d}\n"))
+    app = build_app(identity, lambda generation: os.write(line, b"%d\n" % generation))
     # Celery advises against root because of pickle, which this app refuses.
     warnings.filterwarnings("ignore", message="You're running the worker with superuser privileges")
     worker = app.Worker(
@@ -93,6 +94,15 @@ def main(argv: list[str]) -> int:
     )
     worker.start()
     return int(worker.exitcode or 0)
+
+
+def _broker(url: str) -> str:
+    """A Redis address as Celery writes it: `unix:///run/redis.sock?db=1` has another form there."""
+    if not url.startswith("unix://"):
+        return url
+    parts = urlsplit(url)
+    database = parse_qs(parts.query).get("db", ["0"])[0]
+    return f"redis+socket://{parts.netloc}{parts.path}?virtual_host={database}"
 
 
 class _Seldom(logging.Filter):
@@ -122,10 +132,6 @@ def _set_up_logging(**_: object) -> None:
     handler.setFormatter(_Brief("%(asctime)s %(levelname)s listener: %(message)s"))
     handler.addFilter(_Seldom())
     logging.basicConfig(level=logging.ERROR, handlers=[handler])
-
-
-def _write(descriptor: int, text: str) -> None:
-    os.write(descriptor, text.encode())
 
 
 def _end_with_the_agent() -> None:

@@ -75,7 +75,7 @@ def ensure_joined(
         known = f"This node belongs to {identity.url}. " if identity is not None else ""
         raise JoinError(f"{known}To join {url}, give --join TOKEN; the admin makes join tokens.")
     request = JoinRequest(
-        name=name or (identity.name if identity is not None else socket.gethostname()),
+        name=name or (identity.name if identity is not None else socket.gethostname().partition(".")[0]),
         address=_checked_address(address) if address else _own_address(url),
         version=version(),
     )

@@ -58,3 +58,8 @@ def change_api_key(*, api_key: ApiKey, by: str) -> None:
     api_key.save(update_fields=["name", "routes", "expires_at"])
     record_event(api_key, "changed", by=by)
     publish_change("api_key", api_key.public_id)
+
+
+def note_key_use(*, public_id: str, at: datetime) -> None:
+    """Remember when a key was last used. Not news for anybody: no event, no change."""
+    ApiKey.objects.filter(public_id=public_id).update(last_used_at=at)

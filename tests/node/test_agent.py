@@ -258,7 +258,8 @@ class Redis:
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="rh-"))
         self._process: subprocess.Popen[bytes] | None = None
-        self.url = f"redis+socket://{self._folder}/s"
+        self.url = f"unix://{self._folder}/s?db=3"
+        self.celery_url = f"redis+socket://{self._folder}/s?virtual_host=3"
 
     def start(self) -> None:
         self._process = subprocess.Popen(
@@ -795,7 +796,7 @@ async def test_an_unknown_node_says_what_to_do_and_keeps_its_workers(
 
 
 def control_app(redis: Redis) -> Celery:
-    return Celery("control", broker=redis.url, set_as_current=False)
+    return Celery("control", broker=redis.celery_url, set_as_current=False)
 
 
 def nudge(app: Celery, generation: int) -> None:

@@ -245,7 +245,7 @@ async def test_a_wrong_or_unsupported_value_names_its_field(
 
 
 async def test_null_means_not_given_and_unknown_fields_are_ignored(session: aiohttp.ClientSession) -> None:
-    fields = {
+    fields: dict[str, Any] = {
         "temperature": None,
         "stop": None,
         "tools": [],
