@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from django.db import DatabaseError, InterfaceError, OperationalError, transaction
 
-from inference.protocol import LOG_TAIL_LINES, Beat, BeatOrder, Cause, Load, Progress, WorkerPhase
+from inference.protocol import LOG_TAIL_LINES, Beat, Cause, Load, Progress, WorkerPhase
 from registry.actions.gateways import forget_gateway, note_gateway
 from registry.actions.language_models import note_context_length
 from registry.actions.workers import move_worker, record_loads
@@ -120,8 +120,8 @@ class BeatBook:
         except (DatabaseError, InterfaceError):
             log.warning("the last beats could not be written", extra={"event": "beats_unwritten"})
 
-    def hear(self, beat: Beat) -> BeatOrder:
-        """Take a beat of a worker that has proved itself; returns what it is to do."""
+    def hear(self, beat: Beat) -> None:
+        """Take a beat of a worker that has proved itself."""
         beat = clean(beat)
         now = time.monotonic()
         self._fleet.note_load(beat.worker_id, beat.load)
@@ -134,7 +134,6 @@ class BeatBook:
         if self._phases.get(beat.worker_id) != (beat.epoch, beat.phase):
             self._phases[beat.worker_id] = (beat.epoch, beat.phase)
             self._urgent.set()
-        return self._fleet.order(beat.worker_id, beat.epoch)
 
     async def _run(self) -> None:
         while True:

@@ -41,7 +41,7 @@ def queue_of(name: str) -> str:
     return f"node.{name}"
 
 
-def build_app(identity: Identity, heard: Callable[[int], None]) -> Celery:
+def build_app(identity: Identity, heard: Callable[[int], object]) -> Celery:
     """The app of one node; `heard` gets the generation of every nudge."""
     app = Celery("inference.agent", broker=_broker(identity.broker_url or ""), set_as_current=False)
     app.conf.update(

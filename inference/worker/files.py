@@ -64,4 +64,7 @@ class EngineLog:
         return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def _readable(self, line: bytes) -> str:
-        return line.decode("utf-8", "replace").replace(self._hide, "***").rstrip()[:_LINE_CHARACTERS]
+        text = line.decode("utf-8", "replace").rstrip()
+        if self._hide:
+            text = text.replace(self._hide, "***")
+        return text[:_LINE_CHARACTERS]

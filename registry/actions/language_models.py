@@ -8,7 +8,7 @@ from django.db import transaction
 from django.utils import timezone
 
 from registry.actions.events import publish_change, record_event
-from registry.models import Deployment, LanguageModel, ModelCopy, Node
+from registry.models import LanguageModel, ModelCopy, Node
 from registry.states import CopyState
 
 
@@ -51,5 +51,4 @@ def note_context_length(*, language_model_id: int, context_length: int) -> None:
         .update(context_length=context_length)
     )
     if changed:
-        for deployment in Deployment.objects.filter(language_model_id=language_model_id):
-            publish_change("deployment", str(deployment.pk))
+        publish_change("language_model", str(language_model_id))

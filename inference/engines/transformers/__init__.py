@@ -5,6 +5,7 @@
     loading.py    folder -> model and tokenizer, every refusal with its cause
     prompt.py     messages -> token ids
     batcher.py    token ids in, token ids out: the thread that runs the model
+    attention.py  how each request of a batch looks at its own tokens
     sampling.py   how each request of a batch chooses its next token
     text.py       token ids -> text
 

@@ -18,6 +18,7 @@ from typing import Any
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from inference.engines.base import EngineError
+from inference.engines.transformers import attention
 from inference.engines.transformers.loading import Loaded
 from inference.engines.transformers.sampling import KEY, Choice, Sampler
 from inference.protocol import Load
@@ -64,6 +65,7 @@ class Batcher:
         self._tokens = 0
         self._ended = False
         self._manager = _manager(loaded, slots)
+        attention.use_in(loaded.model)
         self._manager.output_router = _Router(self)
         self._manager.logit_processor = Sampler()
         self.thread: threading.Thread | None = None

@@ -23,8 +23,8 @@ logger = logging.getLogger("roundhouse.engine")
 
 GIB = 1024**3
 CPU_KV_CACHE_BYTES = GIB
-CPU_BATCH_TOKENS = 512
-"""A prompt piece of this size is well below a second for a small model: other streams wait for it."""
+CPU_BATCH_TOKENS = 256
+"""Others wait while a piece of a prompt is read: for a small model well below a second at this size."""
 ACCELERATOR_BATCH_TOKENS = 2048
 CPU_PAGE = 64
 """Tokens per page of the KV cache: the least a request takes, and what equal prompts can share."""

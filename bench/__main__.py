@@ -1,0 +1,114 @@
+"""Starts a Roundhouse of its own, measures the gateway rows of the design's table, prints them."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+
+from bench.load import Tally, Target, run
+from tests.e2e.conftest import Roundhouse, eventually, new_roundhouse
+
+TOKENS = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="What a request costs the gateway.")
+    parser.add_argument("--requests", type=int, default=3000, help="plain requests per run (default 3000)")
+    arguments = parser.parse_args()
+    data = Path(tempfile.mkdtemp(prefix="rh-bench-"))
+    roundhouse = new_roundhouse(data)
+    try:
+        roundhouse.up()
+        # The real model only had to prove the start; its beats would be noise here.
+        roundhouse.manage(
+            "shell",
+            "-v0",
+            "-c",
+            "from registry.models import Deployment\n"
+            "from registry.actions.deployments import scale_deployment\n"
+            "scale_deployment(deployment=Deployment.objects.get(), replicas=0, by='bench')",
+        )
+        roundhouse.deploy_simulated("instant", token_seconds=0.0)
+        roundhouse.deploy_simulated("paced", token_seconds=0.02)
+        report(Bench(roundhouse), arguments.requests)
+    finally:
+        roundhouse.down()
+        shutil.rmtree(data, ignore_errors=True)
+
+
+class Bench:
+    """Loads one Roundhouse and reads what that cost its gateway."""
+
+    def __init__(self, roundhouse: Roundhouse) -> None:
+        self.roundhouse = roundhouse
+        self.gateway = roundhouse.part("gateway")
+
+    def load(
+        self, *, requests: int, connections: int, stream: bool, model: str = "instant", tokens: int = TOKENS
+    ) -> tuple[Tally, float]:
+        """Run one load; returns what the clients saw and the gateway's CPU seconds meanwhile.
+
+        The ledger must hold exactly as many new events afterwards.
+        """
+        facts = self.roundhouse.credentials
+        body: dict[str, object] = {
+            "model": model,
+            "messages": [{"role": "user", "content": f"!tokens {tokens}"}],
+            "stream": stream,
+        }
+        before = self.events()
+        target = Target(facts["base_url"], facts["api_key"], body)
+        started = self.cpu()
+        tally = asyncio.run(run(target, requests=requests, connections=connections))
+        eventually(
+            lambda: self.events() - before >= requests, seconds=20, what="every request is in the ledger"
+        )
+        spent = self.cpu() - started
+        found = self.events() - before
+        if found != requests:
+            raise SystemExit(f"the ledger holds {found} new events for {requests} requests")
+        return tally, spent
+
+    def cpu(self) -> float:
+        times = self.gateway.cpu_times()
+        return float(times.user + times.system)
+
+    def events(self) -> int:
+        return int(self.roundhouse.rows("SELECT count(*) FROM registry_usageevent")[0][0])
+
+
+def report(bench: Bench, requests: int) -> None:
+    bench.load(requests=requests // 4, connections=8, stream=False)
+    plain, plain_cpu = bench.load(requests=requests, connections=16, stream=False)
+    per_plain = plain_cpu / requests
+    streams = requests // 3
+    stream, stream_cpu = bench.load(requests=streams, connections=16, stream=True)
+    per_token = (stream_cpu / streams - per_plain) / TOKENS
+    _, paced_cpu = bench.load(requests=100, connections=100, stream=True, model="paced")
+    per_paced = (paced_cpu / 100 - per_plain) / TOKENS
+    idle, _ = bench.load(requests=200, connections=1, stream=True, tokens=2)
+    rows = [
+        ("CPU per plain chat request", f"{per_plain * 1e3:.3f} ms", "0.40 ms"),
+        ("CPU per streamed token, instant upstream", f"{per_token * 1e6:.1f} µs", "15 µs"),
+        ("CPU per streamed token, 100 streams at 20 ms", f"{per_paced * 1e6:.1f} µs", "45 µs"),
+        (
+            "time to first byte of a stream, p50, idle, with the engine's own",
+            f"{statistics.median(idle.first_chunk_seconds) * 1e3:.2f} ms",
+            "",
+        ),
+        ("plain requests per second, 16 connections", f"{requests / plain.seconds:.0f}", ""),
+        ("streamed tokens per second, 16 connections", f"{stream.chunks / stream.seconds:.0f}", ""),
+        ("gateway RSS", f"{bench.gateway.memory_info().rss / 1e6:.0f} MB", ""),
+    ]
+    width = max(len(name) for name, _, _ in rows)
+    print(f"{'what':{width}}  {'measured':>10}  {'bar':>8}")
+    for name, value, bar in rows:
+        print(f"{name:{width}}  {value:>10}  {bar:>8}")
+
+
+if __name__ == "__main__":
+    main()

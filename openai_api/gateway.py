@@ -1,0 +1,95 @@
+"""A gateway process's parts, made once and handed to the consumers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from inference.beats import BeatBook
+from inference.client import WorkerClient
+from inference.dispatch.dispatcher import Dispatcher
+from inference.dispatch.fleet import Fleet
+from openai_api.auth import KeyRing
+from openai_api.errors import StorageAway
+from registry.spool import Spool
+
+logger = logging.getLogger("roundhouse.gateway")
+
+SETTLE_SECONDS = 5.0
+"""How long an ending gateway waits for requests that were cut to write down what they cost."""
+
+
+class Gateway:
+    """Belongs to the event loop that starts it. `start` may be called by many at once and often."""
+
+    def __init__(self, *, data: Path, peppers: Mapping[int, bytes]) -> None:
+        self.name = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
+        self.loop: asyncio.AbstractEventLoop | None = None
+        """Where it runs; None before the start and after the end."""
+        self.started = False
+        self.fleet = Fleet()
+        self.dispatcher = Dispatcher(self.fleet)
+        self.client = WorkerClient()
+        self.beats = BeatBook(self.fleet, name=self.name)
+        self.keys = KeyRing(peppers, away_seconds=lambda: self.fleet.database_away_seconds)
+        self.fleet.subscribe("api_key", self.keys.forget)
+        self.active = 0
+        """Admitted requests that are not settled yet."""
+        self._data = data
+        self._spool: Spool | None = None
+        self._starting: asyncio.Task[None] | None = None
+
+    @property
+    def spool(self) -> Spool:
+        """The ledger's way in. Raises StorageAway before the start and after the end."""
+        if self._spool is None:
+            raise StorageAway
+        return self._spool
+
+    async def start(self) -> None:
+        """Returns when the fleet is known (if the database answers) and requests can be served."""
+        if self.started:
+            return
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+        starting = self._starting
+        try:
+            await asyncio.shield(starting)
+        except Exception:
+            # The next one who asks tries again.
+            if self._starting is starting:
+                self._starting = None
+            raise
+
+    async def _start(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._spool = Spool(self._data / "spool", self.name)
+        await self._spool.start()
+        await self.client.start()
+        await self.fleet.start()
+        await self.beats.start()
+        self.started = True
+        logger.info("gateway started", extra={"event": "gateway_started", "gateway": self.name})
+
+    async def stop(self) -> None:
+        """Settle what was cut, bring the ledger's entries in as far as the database takes them, and end."""
+        if not self.started:
+            return
+        self.started = False
+        deadline = asyncio.get_running_loop().time() + SETTLE_SECONDS
+        while self.active and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+        await self.beats.stop()
+        await self.keys.stop()
+        await self.client.close()
+        await self.spool.stop()
+        await self.fleet.stop()
+        self._spool = None
+        self._starting = None
+        self.loop = None
+        logger.info("gateway stopped", extra={"event": "gateway_stopped", "gateway": self.name})
