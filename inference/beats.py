@@ -138,8 +138,10 @@ class BeatBook:
     async def _run(self) -> None:
         while True:
             if await self._write():
+                # Not `wait_for`: on Python 3.11 it swallows a cancellation that comes with the event.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._urgent.wait(), WRITE_SECONDS)
+                    async with asyncio.timeout(WRITE_SECONDS):
+                        await self._urgent.wait()
             else:
                 await asyncio.sleep(AWAY_SECONDS)
 

@@ -6,13 +6,15 @@ import asyncio
 import errno
 import logging
 import socket
-from collections.abc import AsyncGenerator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any
+from weakref import WeakSet
 
 import aiohttp
 import msgspec
+from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
 from inference.dispatch.views import WorkerView
@@ -121,21 +123,21 @@ class WorkerClient:
         """
         response = await self._post(worker, path, body, request_id)
         handed_on = False
-        finished = False
         try:
             _expect(response, worker, "text/event-stream")
-            # From here on it has to show life more often than while it thought about the prompt.
-            if response.connection is not None and response.connection.protocol is not None:
-                response.connection.protocol.read_timeout = self._gap
-            events = EventSplitter()
-            while chunk := await response.content.readany():
-                for event in events.feed(chunk):
-                    finished = event == DONE
-                    yield event
-                    handed_on = True
-                    if finished:
-                        await _drain(response)
-                        return
+            with _ending_with_its_connection(response) as protocol:
+                if protocol is not None:
+                    # From here on it has to show life more often than while it thought about the prompt.
+                    protocol.read_timeout = self._gap
+                    protocol.start_timeout()
+                events = EventSplitter()
+                while chunk := await response.content.readany():
+                    for event in events.feed(chunk):
+                        yield event
+                        handed_on = True
+                        if event == DONE:
+                            await _drain(response)
+                            return
             raise BadStream("it ended without [DONE]")
         except (aiohttp.ClientError, OSError, ValueError) as error:
             reason = f"{worker.name} broke off its stream: {_short(error)}."
@@ -292,15 +294,53 @@ async def _refuse(response: aiohttp.ClientResponse, worker: WorkerView) -> None:
         response.close()
 
 
+_watched: WeakSet[asyncio.Future[None]] = WeakSet()
+
+
+def _take_error(closed: asyncio.Future[None]) -> None:
+    if not closed.cancelled():
+        closed.exception()
+
+
+@contextmanager
+def _ending_with_its_connection(response: aiohttp.ClientResponse) -> Iterator[ResponseHandler | None]:
+    """Have reads of the body fail when the connection is lost, whatever came before.
+
+    aiohttp (3.14) does not tell them when its parser has failed at a broken chunk: they would wait for ever.
+    """
+    protocol = response.connection.protocol if response.connection is not None else None
+    closed = protocol.closed if protocol is not None else None
+
+    def lost(_: asyncio.Future[None] | None) -> None:
+        content = response.content
+        if not content.is_eof() and content.exception() is None:
+            content.set_exception(aiohttp.ClientPayloadError("the connection was lost"))
+
+    if closed is None:
+        lost(None)
+        yield protocol
+        return
+    if closed not in _watched:
+        # Its connection outlives this request, and may then be lost with an error that nobody asks for.
+        _watched.add(closed)
+        closed.add_done_callback(_take_error)
+    closed.add_done_callback(lost)
+    try:
+        yield protocol
+    finally:
+        closed.remove_done_callback(lost)
+
+
 async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes | None:
     """The whole body, or None as soon as it is longer than `limit`."""
     parts = []
     size = 0
-    while chunk := await response.content.readany():
-        size += len(chunk)
-        if size > limit:
-            return None
-        parts.append(chunk)
+    with _ending_with_its_connection(response):
+        while chunk := await response.content.readany():
+            size += len(chunk)
+            if size > limit:
+                return None
+            parts.append(chunk)
     return b"".join(parts)
 
 

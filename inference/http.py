@@ -151,7 +151,8 @@ class Request:
 class HttpConsumer(AsyncConsumer):  # type: ignore[misc]
     """Subclasses write `handle`, which ends with an answer sent or an exception raised."""
 
-    methods: ClassVar[frozenset[str]] = frozenset({"POST"})
+    methods: ClassVar[frozenset[str] | None] = frozenset({"POST"})
+    """Those that it answers; None: all."""
 
     def __init__(self) -> None:
         self.client_gone = False
@@ -167,7 +168,7 @@ class HttpConsumer(AsyncConsumer):  # type: ignore[misc]
         self._send = send
         try:
             try:
-                if request.method not in self.methods:
+                if self.methods is not None and request.method not in self.methods:
                     raise MethodNotAllowed(request.method, self.methods)
                 await self.handle(request)
             finally:
@@ -198,9 +199,15 @@ class HttpConsumer(AsyncConsumer):  # type: ignore[misc]
 
     async def _watch(self) -> None:
         await self.request.until_client_leaves()
+        if self._handling is None:
+            return
+        self.client_gone = True
+        await self.on_client_gone()
         if self._handling is not None:
-            self.client_gone = True
             self._handling.cancel("the client left")
+
+    async def on_client_gone(self) -> None:
+        """What is to happen before `handle` is cancelled because the client left. It must not raise."""
 
     # -- answers
 
@@ -216,7 +223,7 @@ class HttpConsumer(AsyncConsumer):  # type: ignore[misc]
             200,
             [
                 (b"content-type", b"text/event-stream; charset=utf-8"),
-                (b"cache-control", b"no-cache"),
+                (b"cache-control", b"no-cache, no-store"),
                 # A reverse proxy that buffers would hold the first tokens back.
                 (b"x-accel-buffering", b"no"),
                 *headers,

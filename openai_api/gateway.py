@@ -38,8 +38,9 @@ class Gateway:
         self.beats = BeatBook(self.fleet, name=self.name)
         self.keys = KeyRing(peppers, away_seconds=lambda: self.fleet.database_away_seconds)
         self.fleet.subscribe("api_key", self.keys.forget)
-        self.active = 0
-        """Admitted requests that are not settled yet."""
+        self._active = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._data = data
         self._spool: Spool | None = None
         self._starting: asyncio.Task[None] | None = None
@@ -50,6 +51,16 @@ class Gateway:
         if self._spool is None:
             raise StorageAway
         return self._spool
+
+    def enter(self) -> None:
+        """A request was admitted; `leave` follows when it is settled."""
+        self._active += 1
+        self._idle.clear()
+
+    def leave(self) -> None:
+        self._active -= 1
+        if not self._active:
+            self._idle.set()
 
     async def start(self) -> None:
         """Returns when the fleet is known (if the database answers) and requests can be served."""
@@ -81,9 +92,10 @@ class Gateway:
         if not self.started:
             return
         self.started = False
-        deadline = asyncio.get_running_loop().time() + SETTLE_SECONDS
-        while self.active and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.02)
+        try:
+            await asyncio.wait_for(self._idle.wait(), SETTLE_SECONDS)
+        except TimeoutError:
+            logger.warning("requests were cut", extra={"event": "requests_cut", "requests": self._active})
         await self.beats.stop()
         await self.keys.stop()
         await self.client.close()

@@ -20,25 +20,22 @@ import re
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from typing import Annotated
 
 import msgspec
 
 from inference.client import DONE
 from inference.dispatch.leases import Lease
 from inference.dispatch.views import RouteView, WorkerView
-from inference.errors import InferenceError, WorkerBroke, WorkerUnreachable
+from inference.errors import WorkerBroke, WorkerUnreachable
 from inference.http import ClientGone, HttpConsumer, Request
-from inference.protocol import AbortReply
 from openai_api import limits
 from openai_api.auth import Key
 from openai_api.errors import ForbiddenModel, StorageAway, UnknownModel, answer_to, row_of
 from openai_api.gateway import Gateway
 from openai_api.protocol import ChatCompletionRequest, parse_chat, unsupported
-from registry.models import Route
 from registry.spool import Closed, Entry, Opened, SpoolFull
 from registry.states import Outcome
-from registry.threads import in_database
 
 logger = logging.getLogger("roundhouse.request")
 
@@ -67,7 +64,7 @@ class Generation:
         self._prompt = 0
         self._cached = 0
         self._completion = 0
-        self._abort: asyncio.Future[AbortReply | None] | None = None
+        self._abort: asyncio.Task[None] | None = None
 
     async def run(self, request: Request) -> None:
         """Answer the request. Raises what a client is told by `answer_to`, as long as nothing was sent."""
@@ -80,9 +77,9 @@ class Generation:
             del body
             self._model, self._stream = chat.model or "", bool(chat.stream)
             needs = chat.needs()
-            route = await self._resolve(key, chat, needs)  # 4, 5
-            self._entry = self._open(key, chat)  # 6
-            gateway.active += 1
+            route = self._resolve(key, needs)  # 4, 5
+            self._entry = self._open(key)  # 6
+            gateway.enter()
             forwarded = chat.forwarded(needs)
             if chat.stream:
                 await self._answer_stream(route, needs, forwarded, chat)  # 7, 8, 9
@@ -97,15 +94,18 @@ class Generation:
     async def client_left(self) -> None:
         """Tell the worker to stop, while its connection is still open: only then it says what the request
         had cost. Returns within about a second."""
-        lease = self._lease
-        if lease is None or self._abort is not None:
-            return
-        self._abort = asyncio.ensure_future(self._gateway.client.abort(lease.worker, self._request_id))
-        await self._abort
+        if self._lease is not None and self._abort is None:
+            self._abort = asyncio.create_task(self._tell_worker(self._lease.worker))
+            await asyncio.shield(self._abort)
+
+    async def _tell_worker(self, worker: WorkerView) -> None:
+        reply = await self._gateway.client.abort(worker, self._request_id)
+        if reply is not None:
+            self._count(reply.prompt_tokens, reply.completion_tokens)
 
     # -- 4, 5, 6
 
-    async def _resolve(self, key: Key, chat: ChatCompletionRequest, needs: frozenset[str]) -> RouteView:
+    def _resolve(self, key: Key, needs: frozenset[str]) -> RouteView:
         model = self._model
         route = self._gateway.fleet.route(model)
         if route is None:
@@ -120,7 +120,7 @@ class Generation:
                 raise unsupported(min(lacking), model)
         return route
 
-    def _open(self, key: Key, chat: ChatCompletionRequest) -> Entry:
+    def _open(self, key: Key) -> Entry:
         try:
             return self._gateway.spool.open(
                 Opened(
@@ -141,7 +141,9 @@ class Generation:
 
     # -- 7, 8
 
-    async def _next_worker(self, route: RouteView, needs: frozenset[str], avoid: frozenset[int]) -> WorkerView:
+    async def _next_worker(
+        self, route: RouteView, needs: frozenset[str], avoid: frozenset[int]
+    ) -> WorkerView:
         lease = self._lease = await self._gateway.dispatcher.acquire(route, avoid=avoid, needs=needs)
         self._queued += lease.queue_seconds
         self._attempts += 1
@@ -178,12 +180,13 @@ class Generation:
                 answer = await self._gateway.client.complete(
                     worker, ENDPOINT, body, request_id=self._request_id
                 )
+                usage = _usage_of(answer, worker)
                 break
             except WorkerUnreachable as error:
                 self._give_up(worker, error)
                 avoid |= {worker.id}
         self._first_at = time.monotonic()
-        self._count_usage(_usage_of(answer))
+        self._count_usage(usage)
         # Free before the client has read it all: the worker's part is done.
         if self._lease is not None:
             self._lease.release()
@@ -219,29 +222,34 @@ class Generation:
 
     async def _relay(self, first: bytes, events: AsyncGenerator[bytes], shows_usage: bool) -> None:
         """Pass events on. Each carries the usage so far as its last key, cut off without parsing."""
-        send = self._consumer.stream_chunk
-        entry = self._entry
+        if self._entry is None:
+            raise AssertionError("an answer without an entry in the ledger")
+        send, count, match_tail = self._consumer.stream_chunk, self._entry.count, _TAIL.match
         usage_instead = b',"usage":null}\n\n' if shows_usage else b"}\n\n"
         event = first
         try:
             while event != DONE:
-                tail = _TAIL.search(event, event.rfind(b',"usage":{'))
-                if tail is not None and entry is not None:
+                at = event.rfind(b',"usage":{')
+                tail = match_tail(event, at) if at > 0 else None
+                if tail is not None:
                     self._prompt, self._completion = prompt, completion = int(tail[1]), int(tail[2])
-                    entry.count(
-                        prompt_tokens=prompt, completion_tokens=completion, cached_tokens=self._cached
-                    )
-                    at = tail.start()
+                    count(prompt_tokens=prompt, completion_tokens=completion, cached_tokens=self._cached)
                     if not event.endswith(_NO_CHOICES, 0, at):
                         await send(event[:at] + usage_instead)
-                    elif shows_usage:
-                        await send(event + b"\n\n")
+                    else:
+                        if cached := _CACHED.search(event, at):
+                            self._count(prompt, completion, int(cached[1]))
+                        if shows_usage:
+                            await send(event + b"\n\n")
                 else:
                     await self._relay_other(event, shows_usage)
                 event = await anext(events)
         except (WorkerBroke, StopAsyncIteration) as error:
             broke = error if isinstance(error, WorkerBroke) else WorkerBroke("The stream ended early.")
             self._error = broke
+            if self._consumer.client_gone:
+                # It broke off because we told it to.
+                return
             logger.warning(
                 "a worker broke off its answer: %s",
                 broke,
@@ -265,8 +273,11 @@ class Generation:
         if not isinstance(chunk, dict) or chunk.get("error"):
             raise WorkerBroke("The worker sent an event that is no chunk.")
         usage = chunk.pop("usage", None)
-        if isinstance(usage, dict):
-            self._count_usage(usage)
+        if usage is not None:
+            try:
+                self._count_usage(msgspec.convert(usage, _Usage))
+            except msgspec.ValidationError as error:
+                raise WorkerBroke("The worker sent a usage that is none.") from error
             if not chunk.get("choices"):
                 if not shows_usage:
                     return
@@ -275,12 +286,9 @@ class Generation:
             chunk.setdefault("usage", None)
         await self._consumer.stream_chunk(b"data: " + msgspec.json.encode(chunk) + b"\n\n")
 
-    def _count_usage(self, usage: dict[str, Any] | None) -> None:
-        if usage is None:
-            return
-        details = usage.get("prompt_tokens_details")
-        cached = _number(details.get("cached_tokens")) if isinstance(details, dict) else 0
-        self._count(_number(usage.get("prompt_tokens")), _number(usage.get("completion_tokens")), cached)
+    def _count_usage(self, usage: _Usage) -> None:
+        details = usage.prompt_tokens_details
+        self._count(usage.prompt_tokens, usage.completion_tokens, (details and details.cached_tokens) or 0)
 
     def _count(self, prompt: int, completion: int, cached: int = 0) -> None:
         """Never less than before: what a client has seen is paid for."""
@@ -301,26 +309,15 @@ class Generation:
         try:
             if self._abort is not None:
                 # The answer ended because of the abort: its reply, with the counts, is about to come.
-                reply = await asyncio.shield(self._abort)
-                if reply is not None:
-                    self._count(reply.prompt_tokens, reply.completion_tokens)
-            elif self._lease is not None and self._cut_by_the_end():
-                reply = await asyncio.shield(
-                    self._gateway.client.abort(self._lease.worker, self._request_id)
-                )
-                if reply is not None:
-                    self._count(reply.prompt_tokens, reply.completion_tokens)
+                await asyncio.shield(self._abort)
         finally:
             outcome, status = self._outcome()
             if self._lease is not None:
                 self._lease.release()
             if self._entry is not None:
-                self._gateway.active -= 1
+                self._gateway.leave()
                 self._entry.close(self._closed(outcome, status))
             self._log(outcome, status)
-
-    def _cut_by_the_end(self) -> bool:
-        return isinstance(self._error, asyncio.CancelledError) and not self._consumer.client_gone
 
     def _outcome(self) -> tuple[Outcome, int]:
         error = self._error
@@ -376,7 +373,39 @@ class Generation:
         )
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+
+
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: _Count | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: _Count = 0
+    completion_tokens: _Count = 0
+    prompt_tokens_details: _PromptDetails | None = None
+
+
+class _Answer(msgspec.Struct):
+    usage: _Usage
+
+
+_decode_answer = msgspec.json.Decoder(_Answer).decode
+
+
+def _usage_of(answer: bytes, worker: WorkerView) -> _Usage:
+    """The usage in a whole answer. Raises WorkerUnreachable for what is no answer."""
+    try:
+        return _decode_answer(answer).usage
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise WorkerUnreachable(f"{worker.name} sent an answer that is none.") from error
+
+
 _ERROR = b'data: {"error"'
 _NO_CHOICES = b'"choices":[]'
-_TAIL = re.compile(rb',"usage":\{"prompt_tokens":(\d+),"completion_tokens":(\d+),"total_tokens":\d+\}\}\Z')
-"""How our workers end each chunk. Within a JSON string the quotes would be escaped, so it cannot be text."""
+_TAIL = re.compile(
+    rb',"usage":\{"prompt_tokens":(\d{1,9}),(?:"total_tokens":\d+,)?"completion_tokens":(\d{1,9})'
+    rb"[^{}]*(?:\{[^{}]*\}[^{}]*)*\}\}\Z"
+)
+"""How workers end a chunk. Within a JSON string the quotes would be escaped, so this cannot be text."""
+_CACHED = re.compile(rb'"cached_tokens":(\d{1,9})')

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Barrier
 from typing import ParamSpec, TypeVar
 
 from django.db import close_old_connections, connections
@@ -18,6 +19,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 THREADS = 4
+CLOSE_SECONDS = 30.0
 _pool = ThreadPoolExecutor(THREADS, thread_name_prefix="database")
 
 
@@ -38,6 +40,12 @@ async def in_database(function: Callable[P, T], *args: P.args, **kwargs: P.kwarg
 
 def close_thread_connections() -> None:
     """Close the connections of the database threads (between tests, and when a process ends)."""
-    barrier_free = [_pool.submit(connections.close_all) for _ in range(THREADS * 4)]
-    for done in barrier_free:
+    # Each waits for the others, so that no thread can do two of these and leave one out.
+    together = Barrier(THREADS)
+
+    def close() -> None:
+        together.wait(CLOSE_SECONDS)
+        connections.close_all()
+
+    for done in [_pool.submit(close) for _ in range(THREADS)]:
         done.result()

@@ -11,7 +11,8 @@ import pytest
 def _close_database_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """The database threads' connections must not outlive the test database that they point to."""
     yield
-    if "db" in request.fixturenames or "transactional_db" in request.fixturenames:
+    marked = request.node.get_closest_marker("django_db") is not None
+    if marked or "db" in request.fixturenames or "transactional_db" in request.fixturenames:
         from registry.threads import close_thread_connections
 
         close_thread_connections()

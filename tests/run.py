@@ -21,7 +21,7 @@ from tests import services
 
 ROOT = Path(__file__).resolve().parents[1]
 NODE_ENVIRONMENT = ROOT / ".venv-node"
-NODE_TEST_PACKAGES = ["pytest>=9.2", "pytest-asyncio>=1.5", "pytest-timeout>=2.4", "hypothesis>=6.170"]
+NODE_TEST_PACKAGES = ["pytest>=9.2", "pytest-asyncio>=1.5", "pytest-timeout>=2.4", "openai>=3.52"]
 WITH_DATABASE = ["tests/unit", "tests/integration", "tests/api", "tests/security"]
 
 

@@ -71,6 +71,4 @@ def _attend_one(
         )
     # A later piece of a prompt: all of what was there before, and its own tokens up to each.
     mask = torch.ones(tokens, total, dtype=torch.bool).tril(total - tokens)
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped
-    )
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)

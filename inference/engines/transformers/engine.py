@@ -58,8 +58,14 @@ class TransformersEngine:
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[tuple[Loaded, Batcher, int]] = loop.create_future()
 
+        def tell(callback: Callable[..., object], *about: object) -> None:
+            try:
+                loop.call_soon_threadsafe(callback, *about)
+            except RuntimeError:
+                logger.debug("The event loop closed before the engine did.")
+
         def report(step: Progress) -> None:
-            loop.call_soon_threadsafe(progress, step)
+            tell(progress, step)
 
         def run() -> None:
             # A daemon thread, and so is the batching thread that it starts: a process that has to
@@ -70,15 +76,12 @@ class TransformersEngine:
                 batcher = Batcher(loaded, self._spec.slots, loop)
                 room = batcher.prepare()
             except BaseException as error:
-                loop.call_soon_threadsafe(_settle, ready, _as_load_error(error))
+                tell(_settle, ready, _as_load_error(error))
                 return
-            loop.call_soon_threadsafe(_settle, ready, (loaded, batcher, room))
+            tell(_settle, ready, (loaded, batcher, room))
             if batcher.thread is not None:
                 batcher.thread.join()
-            try:
-                loop.call_soon_threadsafe(batcher.ended)
-            except RuntimeError:
-                logger.debug("The event loop closed before the engine did.")
+            tell(batcher.ended)
 
         threading.Thread(target=run, name="engine", daemon=True).start()
         loaded, batcher, room = await ready

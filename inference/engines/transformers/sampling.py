@@ -2,9 +2,9 @@
 
 Continuous batching takes one list of logits processors for all requests and one answer to "sample
 or not". We say "not": it then takes the largest score. A greedy request leaves its scores as they
-are, so it gets exactly what `model.generate` gives; a sampled one gets its own noise added (the
-Gumbel trick: the largest of `log p + noise` is a draw from `p`). Sorting, the dear part, is done
-only for rows that asked for it.
+are, so it gets exactly what `model.generate` gives; for a sampled one we draw ourselves (by the
+Gumbel trick: the largest of `log p + noise` is a draw from `p`) and mark what was drawn. Sorting,
+the dear part, is done only for rows that asked for it, and mostly of their likeliest tokens only.
 """
 
 from __future__ import annotations
@@ -72,52 +72,49 @@ def choose(scores: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
 
     There may be more rows than choices: requests whose prompt is not read to its end yet.
     """
-    rows = [i for i, choice in enumerate(choices) if choice.temperature > 0]
-    if not rows:
-        return scores
-    picked = [choices[i] for i in rows]
-    index = torch.tensor(rows, device=scores.device)
-    some = scores[index] / _column([choice.temperature for choice in picked], scores)
-    some = _keep_top_k(some, picked)
-    some = _keep_top_p(some, picked)
-    # Below 2^-25 the float32 source of the noise has no more detail; a zero would beat every score.
-    noise = torch.empty_like(some).exponential_().clamp_min_(2.0**-25).log_()
-    scores[index] = some - noise
+    size = scores.shape[-1]
+    free: list[int] = []
+    limited: list[int] = []
+    for row, choice in enumerate(choices):
+        if choice.temperature > 0:
+            (limited if choice.top_p < 1 or 0 < choice.top_k < size else free).append(row)
+    for rows, draw in ((free, _draw), (limited, _draw_limited)):
+        if rows:
+            picked = [choices[row] for row in rows]
+            index = torch.tensor(rows, device=scores.device)
+            heated = scores[index] / _column([choice.temperature for choice in picked], scores)
+            scores[index, draw(heated, picked)] = torch.inf
     return scores
+
+
+def _draw(scores: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
+    """One column per row, with the probabilities that the scores mean."""
+    # Below 2^-25 the float32 source of the noise has no more detail; a zero would beat every score.
+    noise = torch.empty_like(scores).exponential_().clamp_min_(2.0**-25).log_()
+    return (scores - noise).argmax(-1)
+
+
+def _draw_limited(scores: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
+    """The same among the top_k likeliest, and of these the likeliest that together weigh top_p."""
+    size = scores.shape[-1]
+    has_k = _column([0 < choice.top_k < size for choice in choices], scores) > 0
+    top_k = _column([choice.top_k if 0 < choice.top_k < size else size for choice in choices], scores)
+    top_p = _column([choice.top_p if choice.top_p < 1 else 2.0 for choice in choices], scores)
+    width = max(choice.top_k if 0 < choice.top_k < size else NUCLEUS for choice in choices)
+
+    whole = scores.logsumexp(-1, keepdim=True)
+    best, tokens = torch.topk(scores, min(width, size), dim=-1)
+    short = (best - whole).exp().sum(-1, keepdim=True) < top_p
+    if width < size and bool((short & ~has_k).any()):
+        best, tokens = scores.sort(dim=-1, descending=True)
+    place = torch.arange(best.shape[-1], device=scores.device)
+    best = best.masked_fill(place >= top_k, -torch.inf)
+    mass = (best - torch.where(has_k, best.logsumexp(-1, keepdim=True), whole)).exp()
+    # A token stays while those likelier than it do not weigh top_p yet; the first one always.
+    likelier = mass.cumsum(-1) - mass
+    best = best.masked_fill((likelier >= top_p) & (place > 0), -torch.inf)
+    return tokens.gather(-1, _draw(best, choices).unsqueeze(-1)).squeeze(-1)
 
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(-1)
-
-
-def _keep_top_k(scores: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
-    size = scores.shape[-1]
-    rows = [i for i, choice in enumerate(choices) if 0 < choice.top_k < size]
-    if not rows:
-        return scores
-    ks = [choices[i].top_k for i in rows]
-    index = torch.tensor(rows, device=scores.device)
-    some = scores[index]
-    best = torch.topk(some, max(ks), dim=-1).values
-    least = best.gather(-1, torch.tensor(ks, device=scores.device).unsqueeze(-1) - 1)
-    scores[index] = some.masked_fill(some < least, -torch.inf)
-    return scores
-
-
-def _keep_top_p(scores: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
-    rows = [i for i, choice in enumerate(choices) if choice.top_p < 1]
-    if not rows:
-        return scores
-    index = torch.tensor(rows, device=scores.device)
-    some = scores[index]
-    total = some.logsumexp(dim=-1, keepdim=True)
-    wanted = _column([choices[i].top_p for i in rows], scores)
-    best = torch.topk(some, min(NUCLEUS, some.shape[-1]), dim=-1).values
-    if bool(((best - total).exp().sum(-1, keepdim=True) < wanted).any()):
-        best = some.sort(dim=-1, descending=True).values
-    mass = (best - total).exp().cumsum(-1)
-    # A token stays while those likelier than it have not reached the wanted mass: always the first.
-    stays = (mass - (best - total).exp() < wanted).sum(-1, keepdim=True).clamp_min(1)
-    least = best.gather(-1, stays - 1)
-    scores[index] = some.masked_fill(some < least, -torch.inf)
-    return scores

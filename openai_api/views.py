@@ -1,0 +1,98 @@
+"""The parts of /v1 that are no generation: DRF views, authenticated like everything else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.db import Error as DatabaseError
+from django.db.models import Min, QuerySet
+from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.views.decorators.http import require_safe
+from rest_framework.negotiation import BaseContentNegotiation
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.views import APIView
+
+from openai_api.auth import Key
+from openai_api.errors import MissingKey, StorageAway, UnknownModel
+from registry.models import Route
+
+
+class AlwaysJson(BaseContentNegotiation):
+    """`Accept` never decides anything: SDKs send `application/json` for streams too."""
+
+    def select_parser(self, request: Request, parsers: Any) -> Any:
+        return parsers[0]
+
+    def select_renderer(self, request: Request, renderers: Any, format_suffix: str | None = None) -> Any:
+        return renderers[0], renderers[0].media_type
+
+
+def allowed_routes(key: Key) -> QuerySet[Route]:
+    """Routes that this key may use and that lead somewhere, with the tokens that each of them takes."""
+    routes = Route.objects.filter(enabled=True, targets__isnull=False)
+    if key.routes:
+        routes = routes.filter(name__in=key.routes)
+    return routes.annotate(
+        # Of several deployments the smallest: what is longer is not answered by all of them.
+        context_length=Min("targets__deployment__language_model__context_length")
+    ).order_by("name")
+
+
+def _key(request: Request) -> Key:
+    key: Any = request.user
+    if not isinstance(key, Key):
+        raise MissingKey
+    return key
+
+
+def model_object(route: Any) -> dict[str, Any]:
+    """OpenAI's model object; `max_model_len` is what chat pages and editors read beside it."""
+    return {
+        "id": route.name,
+        "object": "model",
+        "created": int(route.created_at.timestamp()),
+        "owned_by": "roundhouse",
+        "max_model_len": route.context_length,
+    }
+
+
+class Models(APIView):
+    """GET /v1/models: what this key may use. Asks no worker."""
+
+    def get(self, request: Request) -> Response:
+        try:
+            data = [model_object(route) for route in allowed_routes(_key(request))]
+        except DatabaseError as error:
+            raise StorageAway from error
+        return Response({"object": "list", "data": data})
+
+
+class ModelDetail(APIView):
+    """GET /v1/models/{id}; an id may hold slashes."""
+
+    def get(self, request: Request, model: str) -> Response:
+        try:
+            route = allowed_routes(_key(request)).filter(name=model).first()
+        except DatabaseError as error:
+            raise StorageAway from error
+        if route is None:
+            raise UnknownModel(model, param="model")
+        return Response(model_object(route))
+
+
+@require_safe
+def healthz(request: HttpRequest) -> HttpResponse:
+    """The process lives."""
+    return JsonResponse({"status": "ok"})
+
+
+@require_safe
+def readyz(request: HttpRequest) -> HttpResponse:
+    """The gateway is started and can serve keys it does not know yet."""
+    gateway = getattr(request, "scope", {}).get("gateway")
+    if gateway is None or not gateway.started:
+        return JsonResponse({"status": "starting"}, status=503)
+    if gateway.fleet.database_away_seconds > 0:
+        return JsonResponse({"status": "the database does not answer"}, status=503)
+    return JsonResponse({"status": "ok"})

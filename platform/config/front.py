@@ -1,0 +1,229 @@
+"""One wrapper around everything, Channels' routing in it, Django behind.
+
+Consumers bypass Django's middleware, so what holds for every answer is here: Host check, request id,
+security headers, CORS, and a last net for faults. There are no websockets and no channel layer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+from asgiref.sync import ThreadSensitiveContext, sync_to_async
+from channels.routing import URLRouter
+from django.conf import settings
+from django.core.asgi import get_asgi_application
+from django.db import connections
+from django.http.request import split_domain_port, validate_host
+from django.urls import path, re_path
+
+from inference.fleet import fleet_routes
+from inference.http import (
+    INTERNAL_ERROR,
+    Header,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    error_payload,
+    new_request_id,
+)
+from openai_api.consumers import ChatCompletions, UnknownUrls
+from openai_api.gateway import Gateway
+
+logger = logging.getLogger("roundhouse.http")
+
+API = ("/v1/", "/fleet/")
+"""Paths whose every answer is JSON for programs."""
+
+PROBES = ("/healthz", "/readyz")
+"""Asked by address, by machines; they tell nothing worth protecting."""
+
+PAGE_HEADERS: dict[bytes, bytes] = {
+    b"x-content-type-options": b"nosniff",
+    b"referrer-policy": b"same-origin",
+    b"x-frame-options": b"DENY",
+    b"content-security-policy": (
+        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
+        b"connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+    ),
+}
+API_HEADERS: dict[bytes, bytes] = {
+    b"x-content-type-options": b"nosniff",
+    b"referrer-policy": b"no-referrer",
+    b"cache-control": b"no-store",
+}
+EXPOSED = b"x-request-id, openai-processing-ms, retry-after"
+HEADER_LIST = re.compile(rb"[A-Za-z0-9, _-]{1,2000}")
+
+
+class DjangoPages:
+    """Django, each page in a thread of its own that takes its database connection with it.
+
+    Django's own handler would leave the connection to the garbage collector: the thread ends with the
+    request, so no later one finds it.
+    """
+
+    def __init__(self) -> None:
+        self._django = get_asgi_application()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with ThreadSensitiveContext():
+            try:
+                await self._django(scope, receive, send)  # type: ignore[arg-type]
+            finally:
+                await asyncio.shield(sync_to_async(connections.close_all)())
+
+
+class Front:
+    """The ASGI application. Starts the gateway when the server offers a lifespan, else at the first
+    request."""
+
+    def __init__(
+        self, gateway: Gateway, *, allowed_hosts: Iterable[str], cors_origins: Iterable[str]
+    ) -> None:
+        self.gateway = gateway
+        self._allowed_hosts = list(allowed_hosts)
+        self._hosts: dict[bytes, bool] = {}
+        self._origins = frozenset(origin.encode() for origin in cors_origins)
+        django: Any = DjangoPages()
+        self._http = URLRouter(
+            [
+                path("v1/chat/completions", ChatCompletions.as_asgi(gateway=gateway)),
+                *fleet_routes(gateway.fleet, gateway.beats),
+                re_path(r"^v1/models(/.+)?\Z", django),
+                re_path(r"^(v1|fleet)(/|\Z)", UnknownUrls.as_asgi()),
+                re_path(r"", django),
+            ]
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        match scope["type"]:
+            case "http":
+                await self._serve(scope, receive, send)
+            case "websocket":
+                await receive()
+                await send({"type": "websocket.close", "code": 4404})
+            case "lifespan":
+                await self._live(receive, send)
+            case kind:
+                raise ValueError(f"This application does not speak {kind}.")
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        await receive()
+        try:
+            await self.gateway.start()
+        except Exception as error:
+            logger.exception("the gateway cannot start", extra={"event": "gateway_failed"})
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self.gateway.stop()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began = time.monotonic()
+        request_id = new_request_id()
+        url: str = scope["path"]
+        is_api = url.startswith(API) or url in ("/v1", "/fleet")
+        headers: list[Header] = scope["headers"]
+        scope["request_id"] = request_id
+        scope["gateway"] = self.gateway
+        cors = self._cors_headers(headers) if self._origins and is_api else ()
+        started = False
+
+        async def decorated(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                out = list(message.get("headers", ()))
+                present = {name.lower() for name, _ in out}
+                for header in (API_HEADERS if is_api else PAGE_HEADERS).items():
+                    if header[0] not in present:
+                        out.append(header)
+                out.append((b"x-request-id", request_id.encode()))
+                if is_api:
+                    out.append((b"openai-processing-ms", b"%d" % ((time.monotonic() - began) * 1000)))
+                out.extend(cors)
+                message["headers"] = out
+            await send(message)
+
+        try:
+            if not self._host_is_ours(headers) and url not in PROBES:
+                await _refuse(decorated, 400, "The Host header names a host that is not served here.", is_api)
+            elif cors and scope["method"] == "OPTIONS":
+                await _send(decorated, 204, b"", _preflight(headers))
+            else:
+                if not self.gateway.started:
+                    await self.gateway.start()
+                await self._http(scope, receive, decorated)
+        except Exception:
+            logger.exception(
+                "a request failed by a fault of ours",
+                extra={"event": "request_crashed", "request_id": request_id},
+            )
+            if not started:
+                await _refuse(decorated, 500, INTERNAL_ERROR, is_api)
+
+    def _host_is_ours(self, headers: list[Header]) -> bool:
+        hosts = [value for name, value in headers if name == b"host"]
+        if len(hosts) != 1:
+            return False
+        known = self._hosts.get(hosts[0])
+        if known is None:
+            domain, _ = split_domain_port(hosts[0].decode("latin-1"))
+            known = bool(domain) and validate_host(domain, self._allowed_hosts)
+            if len(self._hosts) < 256:
+                self._hosts[hosts[0]] = known
+        return known
+
+    def _cors_headers(self, headers: list[Header]) -> list[Header]:
+        origin = next((value for name, value in headers if name == b"origin"), None)
+        vary = (b"vary", b"origin")
+        if origin not in self._origins or origin is None:
+            return [vary]
+        return [vary, (b"access-control-allow-origin", origin), (b"access-control-expose-headers", EXPOSED)]
+
+
+def _preflight(headers: list[Header]) -> list[Header]:
+    """Answer a browser that asks before it sends. It carries no key; the request itself must."""
+    asked = next((value for name, value in headers if name == b"access-control-request-headers"), b"")
+    return [
+        (b"access-control-allow-methods", b"GET, POST, DELETE"),
+        (
+            b"access-control-allow-headers",
+            asked if HEADER_LIST.fullmatch(asked) else b"authorization, content-type",
+        ),
+        (b"access-control-max-age", b"600"),
+    ]
+
+
+async def _refuse(send: Send, status: int, message: str, is_api: bool) -> None:
+    if is_api:
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        body, content_type = msgspec.json.encode(error_payload(message, kind)), b"application/json"
+    else:
+        body, content_type = message.encode(), b"text/plain; charset=utf-8"
+    await _send(send, status, body, [(b"content-type", content_type), (b"connection", b"close")])
+
+
+async def _send(send: Send, status: int, body: bytes, headers: list[Header]) -> None:
+    headers.append((b"content-length", b"%d" % len(body)))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def make_application(**changes: Any) -> Front:
+    """An application with a gateway of its own; `changes` are for tests."""
+    gateway = Gateway(data=settings.ROUNDHOUSE_DATA, peppers=settings.ROUNDHOUSE_KEY_PEPPERS)
+    options: dict[str, Any] = {
+        "allowed_hosts": settings.ALLOWED_HOSTS,
+        "cors_origins": settings.ROUNDHOUSE_CORS_ORIGINS,
+    }
+    return Front(gateway, **options | changes)

@@ -1,0 +1,81 @@
+"""`manage.py gateway`: serves /v1, the admin and the fleet's reports, with uvicorn run from code."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import signal
+import socket
+import sys
+from argparse import ArgumentParser
+from typing import Any
+
+import uvicorn
+from django.conf import settings
+from django.core.management.base import BaseCommand, CommandError
+
+from config.server import GatewayProtocol, GatewayServer
+
+BACKLOG = 2048
+DRAIN_SECONDS = 60
+IDLE_SECONDS = 75
+"""A connection without a request is kept this long: longer than the minute of common proxies."""
+
+
+class Command(BaseCommand):
+    help = "Serve the API, the admin and the fleet."
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("--host", default=settings.ROUNDHOUSE_HOST)
+        parser.add_argument("--port", type=int, default=settings.ROUNDHOUSE_PORT)
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        listener = bind(options["host"], options["port"])
+        from config.asgi import application
+
+        config = uvicorn.Config(
+            application,
+            loop="uvloop",
+            http=GatewayProtocol,
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=IDLE_SECONDS,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+        )
+        # uvicorn hands the signal on when it has ended in good order: that is no failure.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        server = GatewayServer(config)
+        host, port = listener.getsockname()[:2]
+        self.stdout.write(f"Listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+        self.stdout.flush()
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            runner.run(server.serve(sockets=[listener]))
+        sys.exit(0 if server.started else 1)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """The gateway's socket, not listening yet. Raises CommandError with one sentence for people."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it: a token must not wait for the acknowledgement of the one before.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise CommandError(
+                f"Port {port} on {host} is in use by another program; "
+                "stop it, or set ROUNDHOUSE_PORT to another port."
+            ) from error
+        raise CommandError(f"Cannot listen on {host} port {port}: {error.strerror}.") from error
+    listener.set_inheritable(True)
+    return listener

@@ -1,0 +1,108 @@
+"""uvicorn, with the bounds that it lacks: time and size of a header, time of a body."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import Server
+
+from inference.http import error_payload
+from openai_api import limits
+
+SWEEP_TICKS = 10
+"""Of a tenth of a second: connections are looked at once a second, so the limits are exact to a second."""
+
+
+class GatewayProtocol(HttpToolsProtocol):
+    """One client connection. Timestamps are kept here, and judged by the server's sweep: a timer per
+    request would cost each of them some microseconds."""
+
+    _since = 0.0
+    """When the present header, or body, began."""
+    _in_header = True
+    _in_body = False
+    _header_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._since = time.monotonic()
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_header:
+            if self._since == 0.0:
+                # The first byte of the next request on a connection that was idle.
+                self._since = time.monotonic()
+            self._header_bytes += len(data)
+            super().data_received(data)
+            if self._in_header and self._header_bytes > limits.HEADER_BLOCK_BYTES:
+                self.refuse(431, "The request's header is too large.")
+        else:
+            super().data_received(data)
+
+    def on_headers_complete(self) -> None:
+        self._in_header = False
+        size = len(self.url)
+        for name, value in self.headers:
+            size += len(name) + len(value)
+        if size > limits.HEADER_BLOCK_BYTES:
+            self.refuse(431, "The request's header is too large.")
+            return
+        self._in_body = True
+        self._since = time.monotonic()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self.transport.is_closing():
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_header = True
+        self._in_body = False
+        self._header_bytes = 0
+        self._since = 0.0
+        if not self.transport.is_closing():
+            super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self.refuse(400, "The request is not valid HTTP.")
+
+    def end_if_overdue(self, now: float) -> None:
+        """Called by the sweep."""
+        if self._since == 0.0 or self.transport.is_closing():
+            return
+        if self._in_body:
+            if now - self._since > limits.BODY_SECONDS:
+                self.refuse(408, "The request's body did not come in time.")
+        elif now - self._since > limits.HEADER_SECONDS:
+            self.refuse(408, "The request's header did not come in time.")
+
+    def refuse(self, status: int, message: str) -> None:
+        """Answer, unless an answer has begun, and close."""
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            body = msgspec.json.encode(error_payload(message, "invalid_request_error"))
+            head = (
+                f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write(head.encode() + body)
+        self.transport.close()
+
+
+class GatewayServer(Server):
+    """Looks at all connections once a second."""
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % SWEEP_TICKS == 0:
+            now = time.monotonic()
+            connections: Any = list(self.server_state.connections)
+            for connection in connections:
+                if isinstance(connection, GatewayProtocol):
+                    connection.end_if_overdue(now)
+        return await super().on_tick(counter)
