@@ -88,7 +88,8 @@ def _password(node: Node) -> str:
 
 def _make_user(url: str, user: str, password: str, queue: str) -> None:
     # Kombu keeps one list per queue and priority; the separator is two control characters.
-    keys = [f"~{queue}", f"~{queue}\x06\x16*", f"~_kombu.binding.{queue}", "~unacked*"]
+    bindings = [f"~_kombu.binding.{queue}", f"~_kombu.binding_permanent.{queue}"]
+    keys = [f"~{queue}", f"~{queue}\x06\x16*", *bindings, "~unacked*"]
     with redis.Redis.from_url(
         url, socket_connect_timeout=TIMEOUT_SECONDS, socket_timeout=TIMEOUT_SECONDS
     ) as client:

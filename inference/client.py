@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import io
 import logging
 import socket
 from collections.abc import AsyncGenerator, Iterator
@@ -35,6 +36,7 @@ meet its closing."""
 MAX_EVENT_BYTES = 1024 * 1024
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 MAX_REFUSAL_BYTES = 64 * 1024
+LONG_BODY_BYTES = 1024 * 1024
 DRAIN_SECONDS = 0.1
 """How long the end of a finished stream is waited for, so that its connection can be used again."""
 
@@ -181,12 +183,16 @@ class WorkerClient:
         url, headers = _url(worker.url, path), _headers(worker, request_id)
         try:
             try:
-                response = await session.post(url, data=body, headers=headers, allow_redirects=False)
+                response = await session.post(
+                    url, data=_payload(body), headers=headers, allow_redirects=False
+                )
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
                 if not _met_closing(error):
                     raise
                 # Most likely an idle connection that it closed in this moment; nothing was answered.
-                response = await session.post(url, data=body, headers=headers, allow_redirects=False)
+                response = await session.post(
+                    url, data=_payload(body), headers=headers, allow_redirects=False
+                )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             ours = isinstance(error, aiohttp.ClientConnectorError) and error.errno in OUR_OWN_FAULT
             raise WorkerUnreachable(
@@ -255,6 +261,11 @@ def _headers(worker: WorkerView, request_id: str) -> dict[str, str]:
         "Content-Type": "application/json",
         "X-Request-Id": request_id,
     }
+
+
+def _payload(body: bytes) -> bytes | io.BytesIO:
+    """A long body goes out in pieces: aiohttp warns that one write of it would hold the event loop."""
+    return body if len(body) < LONG_BODY_BYTES else io.BytesIO(body)
 
 
 def _new_socket(address: tuple[Any, ...]) -> socket.socket:

@@ -28,18 +28,24 @@ def one_at_a_time(body: Callable[[], None]) -> Callable[[], None]:
     Two controls at once need no lock between them: constraints and compare-and-set let one win.
     """
     running = Lock()
+    failing: type[Exception] | None = None
 
     @wraps(body)
     def task() -> None:
+        nonlocal failing
         if not running.acquire(blocking=False):
             return
         try:
             close_old_connections()
             body()
-        except Exception:
-            log.exception(
-                "%s failed; it comes again", body.__name__, extra={"event": f"{body.__name__}_failed"}
-            )
+            failing = None
+        except Exception as error:
+            # Every second the same, while the database is away: told once.
+            if type(error) is not failing:
+                log.exception(
+                    "%s failed; it comes again", body.__name__, extra={"event": f"{body.__name__}_failed"}
+                )
+            failing = type(error)
             # Whatever broke in mid-transaction must not be met again.
             connection.close()
         finally:

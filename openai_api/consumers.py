@@ -36,3 +36,28 @@ class UnknownUrls(ApiConsumer):
 
     async def handle(self, request: Request) -> None:
         raise UnknownUrl(request.method, request.path)
+
+
+class Alive(ApiConsumer):
+    """GET /healthz: the process answers."""
+
+    methods = frozenset({"GET", "HEAD"})
+
+    async def handle(self, request: Request) -> None:
+        await self.send_json(200, {"status": "ok"})
+
+
+class Ready(ApiConsumer):
+    """GET /readyz: it can serve any key; 503 while it cannot."""
+
+    methods = frozenset({"GET", "HEAD"})
+
+    def __init__(self, gateway: Gateway) -> None:
+        super().__init__()
+        self._gateway = gateway
+
+    async def handle(self, request: Request) -> None:
+        if self._gateway.fleet.database_away_seconds > 0:
+            await self.send_json(503, {"status": "the database does not answer"})
+        else:
+            await self.send_json(200, {"status": "ok"})

@@ -6,8 +6,6 @@ from typing import Any
 
 from django.db import Error as DatabaseError
 from django.db.models import Min, QuerySet
-from django.http import HttpRequest, HttpResponse, JsonResponse
-from django.views.decorators.http import require_safe
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
@@ -68,20 +66,3 @@ class ModelDetail(APIView):
         if route is None:
             raise UnknownModel(model, param="model")
         return Response(model_object(route))
-
-
-@require_safe
-def healthz(request: HttpRequest) -> HttpResponse:
-    """The process lives."""
-    return JsonResponse({"status": "ok"})
-
-
-@require_safe
-def readyz(request: HttpRequest) -> HttpResponse:
-    """The gateway is started and can serve keys it does not know yet."""
-    gateway = getattr(request, "scope", {}).get("gateway")
-    if gateway is None or not gateway.started:
-        return JsonResponse({"status": "starting"}, status=503)
-    if gateway.fleet.database_away_seconds > 0:
-        return JsonResponse({"status": "the database does not answer"}, status=503)
-    return JsonResponse({"status": "ok"})

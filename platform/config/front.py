@@ -33,7 +33,7 @@ from inference.http import (
     error_payload,
     new_request_id,
 )
-from openai_api.consumers import ChatCompletions, UnknownUrls
+from openai_api.consumers import Alive, ChatCompletions, Ready, UnknownUrls
 from openai_api.gateway import Gateway
 
 logger = logging.getLogger("roundhouse.http")
@@ -96,6 +96,8 @@ class Front:
             [
                 path("v1/chat/completions", ChatCompletions.as_asgi(gateway=gateway)),
                 *fleet_routes(gateway.fleet, gateway.beats),
+                path("healthz", Alive.as_asgi()),
+                path("readyz", Ready.as_asgi(gateway=gateway)),
                 re_path(r"^v1/models(/.+)?\Z", django),
                 re_path(r"^(v1|fleet)(/|\Z)", UnknownUrls.as_asgi()),
                 re_path(r"", django),

@@ -28,7 +28,7 @@ from config.private_redis import NoRedis, redis_command, redis_url, socket_folde
 from inference.agent.command import JoinError, ensure_joined
 from inference.agent.identity import node_folder, read_identity, write_identity
 from inference.agent.processes import stop_all
-from inference.status import deployment_status
+from inference.status import DeploymentState, read_statuses
 from registry.actions.nodes import create_join_token, node_of_secret
 from registry.models import Deployment, ModelCopy, Worker
 
@@ -219,11 +219,11 @@ class Up:
             if credentials.chat_model is None or deployment is None or deployment.replicas == 0:
                 # The operator wants no bundled model (any more): the parts run, that is all.
                 return
-            status = deployment_status(deployment)
-            if status.state in ("ready", "degraded") and self._answers(credentials):
+            status = read_statuses([deployment])[deployment.pk]
+            if status.state in (DeploymentState.READY, DeploymentState.DEGRADED) and self._answers(credentials):
                 return
-            if status.state == "failed":
-                raise CannotStart(self._failure(deployment, status.reason))
+            if status.state == DeploymentState.FAILED:
+                raise CannotStart(self._failure(deployment, f"{status.reason} {status.next_action}"))
             line = self._progress(deployment)
             if line != last:
                 self.tell(f"[{time.monotonic() - started:5.1f} s] {line}")

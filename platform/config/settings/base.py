@@ -146,6 +146,8 @@ CELERY_WORKER_SEND_TASK_EVENTS = False
 CELERY_WORKER_HIJACK_ROOT_LOGGER = False
 CELERY_WORKER_REDIRECT_STDOUTS = False
 CELERY_WORKER_PREFETCH_MULTIPLIER = 1
+# Celery warns on each lost connection unless this is chosen; no task here is acknowledged late.
+CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = True
 # An expiry keeps a backlog from piling up while nobody works it off.
 CELERY_BEAT_SCHEDULE = {
     "tick": {"task": "inference.tick", "schedule": 1.0, "options": {"expires": 2}},
@@ -163,5 +165,7 @@ LOGGING = {
         "roundhouse": {"level": ENV.log_level},
         "django.server": {"level": "WARNING", "handlers": ["stderr"], "propagate": False},
         "celery": {"level": "WARNING"},
+        # While Redis is away the consumer says so; beat would add a traceback each second.
+        "celery.beat": {"level": "CRITICAL"},
     },
 }

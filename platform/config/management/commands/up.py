@@ -133,7 +133,8 @@ def _welcome(credentials: Credentials, is_new: bool) -> list[str]:
 
 def _curl(credentials: Credentials) -> str:
     body = (
-        f'{{"model": "{credentials.chat_model}", '
+        # Without chance in it, the first answer is the same for everybody.
+        f'{{"model": "{credentials.chat_model}", "temperature": 0, '
         '"messages": [{"role": "user", "content": "What is the capital of Japan?"}]}'
     )
     return (
