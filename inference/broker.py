@@ -24,7 +24,7 @@ TIMEOUT_SECONDS = 2.0
 
 # What a Celery worker that listens to one queue needs, and no command more.
 COMMANDS = (
-    *("+ping", "+echo", "+client|setinfo", "+client|setname", "+client|id", "+hello", "+auth", "+select"),
+    *("+ping", "+echo", "+client|setname", "+client|id", "+hello", "+auth", "+select"),
     *("+multi", "+exec", "+discard", "+watch", "+unwatch", "+script|load", "+evalsha", "+set", "+get"),
     *("+brpop", "+rpop", "+lpush", "+rpush", "+llen", "+del", "+unlink", "+exists"),
     *("+sadd", "+srem", "+smembers", "+sismember", "+hset", "+hget", "+hdel", "+hexists", "+zadd", "+zrem"),

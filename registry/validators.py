@@ -1,5 +1,9 @@
 """Checks that several tables share."""
 
+import re
+from typing import Any
+
+from django.core.exceptions import ValidationError
 from django.core.validators import RegexValidator
 
 validate_name = RegexValidator(
@@ -11,3 +15,37 @@ validate_host_label = RegexValidator(
     r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z",
     "Use letters, digits and . _ - (at most 63), starting with a letter or digit.",
 )
+
+# What `inference.sources` takes; checked here so that a form can say so at once.
+_SOURCE = re.compile(
+    r"/(?!.*(?:^|/)\.\.(?:/|\Z)).+"
+    r"|package:[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?==[0-9][A-Za-z0-9.!]*#sha256=[0-9A-Fa-f]{64}"
+)
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def validate_source(value: str) -> None:
+    """A model's source: an absolute folder without `..`, or a pinned package."""
+    if not value.isprintable() or not _SOURCE.fullmatch(value):
+        raise ValidationError(
+            "Write an absolute folder path without '..', or package:NAME==VERSION#sha256=HEX with the "
+            "sha256 of the wheel."
+        )
+
+
+def validate_object(value: Any) -> None:
+    """A JSON object, not a list, text or number."""
+    if not isinstance(value, dict):
+        raise ValidationError('Write a JSON object, such as {"name": "value"}.')
+
+
+def validate_environment(value: Any) -> None:
+    """A JSON object of environment variables."""
+    validate_object(value)
+    for name, content in value.items():
+        if not _VARIABLE.fullmatch(name):
+            raise ValidationError(f"{name!r} cannot be the name of an environment variable.")
+        if isinstance(content, bool) or not isinstance(content, str | int | float):
+            raise ValidationError(f"{name}: write a text or a number.")
+        if "\x00" in str(content):
+            raise ValidationError(f"{name}: it holds a character that no environment variable may.")

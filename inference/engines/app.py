@@ -281,7 +281,9 @@ class EngineApp:
             if delta.text or (chunks.shows_every_token and delta.finish_reason is None):
                 event += chunks.text(delta.text, delta.prompt_tokens, delta.completion_tokens)
             if delta.finish_reason is not None:
-                event += chunks.finish(delta.finish_reason, delta.prompt_tokens, delta.completion_tokens)
+                event += chunks.finish(
+                    delta.finish_reason, delta.prompt_tokens, delta.completion_tokens, delta.cached_tokens
+                )
                 await _send_end(send, event)
                 return
             if event:

@@ -211,7 +211,7 @@ class ChunkWriter:
             + self._tail(prompt_tokens, completion_tokens)
         )
 
-    def finish(self, reason: str, prompt_tokens: int, completion_tokens: int) -> bytes:
+    def finish(self, reason: str, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> bytes:
         """The last chunk of the choice, the usage if it was asked for, and the end."""
         last = (
             self._delta
@@ -221,7 +221,8 @@ class ChunkWriter:
             + self._tail(prompt_tokens, completion_tokens)
         )
         if self._final_usage:
-            last += self._head + b"]" + _usage_tail(prompt_tokens, completion_tokens)
+            usage = usage_of(prompt_tokens, completion_tokens, cached_tokens)
+            last += self._head + b'],"usage":' + msgspec.json.encode(usage) + b"}\n\n"
         return last + DONE
 
     def _tail(self, prompt_tokens: int, completion_tokens: int) -> bytes:
@@ -234,6 +235,16 @@ def _usage_tail(prompt_tokens: int, completion_tokens: int) -> bytes:
         completion_tokens,
         prompt_tokens + completion_tokens,
     )
+
+
+def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, object]:
+    """The usage of a whole answer, streamed or not."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
 
 
 def completion(
@@ -262,12 +273,7 @@ def completion(
                     "finish_reason": finish_reason,
                 }
             ],
-            "usage": {
-                "prompt_tokens": prompt_tokens,
-                "completion_tokens": completion_tokens,
-                "total_tokens": prompt_tokens + completion_tokens,
-                "prompt_tokens_details": {"cached_tokens": cached_tokens},
-            },
+            "usage": usage_of(prompt_tokens, completion_tokens, cached_tokens),
         }
     )
 

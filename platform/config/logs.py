@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from json.encoder import encode_basestring_ascii
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -22,14 +23,21 @@ class LineFormatter(logging.Formatter):
             record.getMessage().encode("unicode_escape").decode() if _unprintable(record) else record.message
         )
         facts = "".join(
-            f" {key}={json.dumps(value, default=str)}"
-            for key, value in vars(record).items()
-            if key not in _STANDARD
+            f" {key}={_text(value)}" for key, value in vars(record).items() if key not in _STANDARD
         )
         line = f"{stamp} {record.levelname} {sentence}{facts}"
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line
+
+
+def _text(value: object) -> str:
+    """JSON. The two types that nearly all facts have take a short way: there is a line per request."""
+    if type(value) is str:
+        return encode_basestring_ascii(value)
+    if type(value) is int:
+        return str(value)
+    return json.dumps(value, default=str)
 
 
 def _unprintable(record: logging.LogRecord) -> bool:

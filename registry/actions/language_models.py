@@ -7,7 +7,9 @@ from typing import Any
 from django.db import transaction
 from django.utils import timezone
 
+from registry.actions.deployments import save_deployment
 from registry.actions.events import publish_change, record_event
+from registry.errors import StillInUse
 from registry.models import LanguageModel, ModelCopy, Node
 from registry.states import CopyState
 
@@ -20,6 +22,29 @@ def add_language_model(*, name: str, source: str, by: str, chat_template: str = 
     language_model.save()
     record_event(language_model, "added", by=by, data={"source": source})
     return language_model
+
+
+@transaction.atomic
+def change_language_model(*, language_model: LanguageModel, by: str) -> None:
+    """Save edits. Deployments of it get a new revision where it matters to a running worker."""
+    language_model.full_clean()
+    language_model.save()
+    record_event(language_model, "changed", by=by, data={"source": language_model.source})
+    publish_change("language_model", str(language_model.pk))
+    for deployment in language_model.deployments.select_related("revision"):
+        deployment.language_model = language_model
+        save_deployment(deployment=deployment, by=by)
+
+
+@transaction.atomic
+def delete_language_model(*, language_model: LanguageModel, by: str) -> None:
+    """Delete a model and what is known of its copies; files on nodes stay. Raises StillInUse."""
+    used = language_model.deployments.count()
+    if used:
+        raise StillInUse(f"{language_model} is used by {used} deployment(s); delete them first.")
+    record_event(language_model, "deleted", by=by)
+    publish_change("language_model", str(language_model.pk))
+    language_model.delete()
 
 
 @transaction.atomic

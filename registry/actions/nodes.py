@@ -10,9 +10,9 @@ from django.db.models import F
 from django.utils import timezone
 
 from registry.actions.events import record_event
-from registry.errors import InvalidInput, InvalidTransition, JoinRefused
+from registry.errors import InvalidInput, InvalidTransition, JoinRefused, StillInUse
 from registry.keys import digest_secret, generate_secret
-from registry.models import JoinToken, Node
+from registry.models import JoinToken, Node, Worker
 from registry.querysets import database_now
 from registry.states import NODE_TRANSITIONS, NodeState, sources_of
 from registry.validators import validate_host_label
@@ -51,6 +51,24 @@ def join_node(*, token: str, name: str, address: str, version: str = "") -> tupl
     )
     record_event(node, "joined" if created else "joined again", by=f"node {name}")
     return node, secret
+
+
+@transaction.atomic
+def change_node(*, node: Node, by: str) -> None:
+    """Save edits of a node's labels or cordon. Raises ValidationError."""
+    node.clean_fields(exclude=["secret_digest"])
+    node.save(update_fields=["labels", "cordoned"])
+    record_event(node, "changed", by=by, data={"labels": node.labels, "cordoned": node.cordoned})
+
+
+@transaction.atomic
+def delete_node(*, node: Node, by: str) -> None:
+    """Forget a node and its ended workers; its secret ends. Raises StillInUse."""
+    live = Worker.objects.live().filter(node=node).count()
+    if live:
+        raise StillInUse(f"{node} still has {live} live worker(s); cordon it and scale them away first.")
+    record_event(node, "deleted", by=by)
+    node.delete()
 
 
 def node_of_secret(node_id: int, secret: str) -> Node | None:

@@ -4,7 +4,7 @@ from django.db.models import Q
 from django.utils import timezone
 
 from registry.states import EngineName, Policy
-from registry.validators import validate_host_label
+from registry.validators import validate_environment, validate_host_label, validate_object
 
 
 class Deployment(models.Model):
@@ -16,11 +16,15 @@ class Deployment(models.Model):
     )
     engine = models.CharField(max_length=32, choices=EngineName, default=EngineName.TRANSFORMERS)
     arguments = models.JSONField(
-        default=dict, blank=True, help_text='Engine arguments, such as {"dtype": "bfloat16"}.'
+        default=dict,
+        blank=True,
+        validators=[validate_object],
+        help_text='Engine arguments, such as {"dtype": "bfloat16"}.',
     )
     environment = models.JSONField(
         default=dict,
         blank=True,
+        validators=[validate_environment],
         help_text='Environment variables of the workers, such as {"OMP_NUM_THREADS": "8"}.',
     )
     replicas = models.PositiveIntegerField(default=1, validators=[MaxValueValidator(256)])
@@ -30,7 +34,10 @@ class Deployment(models.Model):
         help_text="Requests that one worker takes at once.",
     )
     node_labels = models.JSONField(
-        default=dict, blank=True, help_text="Only nodes that carry all of these labels run its workers."
+        default=dict,
+        blank=True,
+        validators=[validate_object],
+        help_text="Only nodes that carry all of these labels run its workers.",
     )
     policy = models.CharField(max_length=32, choices=Policy, default=Policy.SHORTEST_QUEUE)
     queue_limit = models.PositiveIntegerField(

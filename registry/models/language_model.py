@@ -3,7 +3,7 @@ from django.db.models import Q
 from django.utils import timezone
 
 from registry.states import CopyState
-from registry.validators import validate_name
+from registry.validators import validate_name, validate_source
 
 
 class LanguageModel(models.Model):
@@ -12,6 +12,7 @@ class LanguageModel(models.Model):
     name = models.CharField(max_length=120, unique=True, validators=[validate_name])
     source = models.CharField(
         max_length=1000,
+        validators=[validate_source],
         help_text=(
             "An absolute folder on the nodes, or package:NAME==VERSION#sha256=HEX, a Python package "
             "that carries weights."

@@ -4,7 +4,7 @@ from django.utils import timezone
 
 from registry.querysets import NodeQuerySet
 from registry.states import NodeState
-from registry.validators import validate_host_label
+from registry.validators import validate_host_label, validate_object
 
 
 class Node(models.Model):
@@ -13,7 +13,10 @@ class Node(models.Model):
     name = models.CharField(max_length=63, unique=True, validators=[validate_host_label])
     address = models.GenericIPAddressField(help_text="Where gateways reach this node's workers.")
     labels = models.JSONField(
-        default=dict, blank=True, help_text='What deployments may ask for, such as {"gpu": "h100"}.'
+        default=dict,
+        blank=True,
+        validators=[validate_object],
+        help_text='What deployments may ask for, such as {"gpu": "h100"}.',
     )
     secret_digest = models.CharField(max_length=64, editable=False)
     state = models.CharField(max_length=16, choices=NodeState, default=NodeState.JOINING, editable=False)

@@ -134,7 +134,10 @@ class Roundhouse:
 
     def part(self, name: str) -> psutil.Process:
         """The process of one part (`gateway`, `control`, `agent`)."""
-        return psutil.Process(json.loads((self.data / "run" / f"{name}.json").read_text())["pid"])
+        return psutil.Process(self.part_pid(name))
+
+    def part_pid(self, name: str) -> int:
+        return int(json.loads((self.data / "run" / f"{name}.json").read_text())["pid"])
 
     def deploy_simulated(self, name: str, *, replicas: int = 1, **arguments: Any) -> None:
         """Deploy the simulated engine under a route of that name and wait until it is ready."""
@@ -158,6 +161,18 @@ class Roundhouse:
             seconds=40,
             what=f"{name} is ready {self.logs()}",
         )
+        # The gateway reads the routes twice a second.
+        eventually(lambda: self.answers(name), seconds=5, what=f"{name} answers")
+
+    def answers(self, model: str) -> bool:
+        """Does it answer a chat request now, at the first attempt?"""
+        try:
+            self.client(max_retries=0, timeout=20).chat.completions.create(
+                model=model, messages=[{"role": "user", "content": "Hello"}], max_tokens=2
+            )
+        except openai.APIError:
+            return False
+        return True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -187,11 +187,10 @@ def test_a_node_gets_a_redis_user_that_hears_its_own_nudges_and_reaches_nothing_
     listener = [sys.executable, "-m", "inference.agent.app", str(tmp_path)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DJANGO_")}
     with running(listener, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
-        with app.connection_for_write(shared_redis) as to_shared:
-            monkeypatch.setattr(
-                "inference.nudges.current_app.send_task",
-                lambda *args, **options: app.send_task(*args, connection=to_shared, **options),
-                raising=False,
+        send_task = app.send_task
+        with app.connection_for_write(shared_redis) as to_shared, monkeypatch.context() as patch:
+            patch.setattr(
+                app, "send_task", lambda *args, **options: send_task(*args, connection=to_shared, **options)
             )
             send_nudges([node.name])
         assert process.stdout is not None

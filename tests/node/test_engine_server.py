@@ -74,7 +74,9 @@ async def test_every_chunk_ends_with_the_usage_so_far(session: aiohttp.ClientSes
     counts = []
     for event in events:
         tail = re.fullmatch(
-            r'.*\],"usage":\{"prompt_tokens":2,"completion_tokens":(\d+),"total_tokens":(\d+)\}\}', event
+            r'.*\],"usage":\{"prompt_tokens":2,"completion_tokens":(\d+),"total_tokens":(\d+)'
+            r'(?:,"prompt_tokens_details":\{"cached_tokens":0\})?\}\}',
+            event,
         )
         assert tail, event
         assert int(tail[2]) == int(tail[1]) + 2
@@ -88,6 +90,7 @@ async def test_every_chunk_ends_with_the_usage_so_far(session: aiohttp.ClientSes
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None] * 4 + ["length"]
     assert chunks[-2]["choices"][0]["delta"] == {}
     assert chunks[-1]["choices"] == []
+    assert "prompt_tokens_details" in chunks[-1]["usage"]
 
 
 async def test_usage_is_sent_once_or_not_at_all_unless_asked_for(session: aiohttp.ClientSession) -> None:
