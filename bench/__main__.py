@@ -7,6 +7,7 @@ import asyncio
 import shutil
 import statistics
 import tempfile
+import time
 from pathlib import Path
 
 from bench.load import Tally, Target, run
@@ -60,7 +61,7 @@ class Bench:
             "messages": [{"role": "user", "content": f"!tokens {tokens}"}],
             "stream": stream,
         }
-        before = self.events()
+        before = self.settled_events()
         target = Target(facts["base_url"], facts["api_key"], body)
         started = self.cpu()
         tally = asyncio.run(run(target, requests=requests, connections=connections))
@@ -76,6 +77,13 @@ class Bench:
     def cpu(self) -> float:
         times = self.gateway.cpu_times()
         return float(times.user + times.system)
+
+    def settled_events(self) -> int:
+        """The ledger's count once nothing is on its way any more (it is at most 250 ms behind)."""
+        before = -1
+        while before != (before := self.events()):
+            time.sleep(0.6)
+        return before
 
     def events(self) -> int:
         return int(self.roundhouse.rows("SELECT count(*) FROM registry_usageevent")[0][0])

@@ -163,8 +163,9 @@ def row_of(error: BaseException) -> Row:
 def answer_to(error: Exception) -> tuple[int, dict[str, Any], list[Header]]:
     """Status, payload and headers that tell a client of `error`."""
     row = row_of(error)
+    own = error.message if isinstance(error, WorkerRefused) else str(error)
     payload = error_payload(
-        row.message or str(error),
+        row.message or own,
         row.type,
         param=getattr(error, "param", None) or getattr(error, "field", None),
         code=row.code or getattr(error, "code", None),

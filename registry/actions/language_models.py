@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from django.db import transaction
+from django.db.models import Q
 from django.utils import timezone
 
 from registry.actions.deployments import save_deployment
 from registry.actions.events import publish_change, record_event
 from registry.errors import StillInUse
-from registry.models import LanguageModel, ModelCopy, Node
+from registry.models import Deployment, LanguageModel, ModelCopy, Node
 from registry.states import CopyState
 
 
@@ -39,9 +40,18 @@ def change_language_model(*, language_model: LanguageModel, by: str) -> None:
 @transaction.atomic
 def delete_language_model(*, language_model: LanguageModel, by: str) -> None:
     """Delete a model and what is known of its copies; files on nodes stay. Raises StillInUse."""
-    used = language_model.deployments.count()
+    used = (
+        Deployment.objects.filter(
+            Q(language_model=language_model) | Q(revisions__language_model=language_model)
+        )
+        .distinct()
+        .count()
+    )
     if used:
-        raise StillInUse(f"{language_model} is used by {used} deployment(s); delete them first.")
+        raise StillInUse(
+            f"{language_model} is, or was in an earlier revision, the model of {used} deployment(s); "
+            "delete them first."
+        )
     record_event(language_model, "deleted", by=by)
     publish_change("language_model", str(language_model.pk))
     language_model.delete()

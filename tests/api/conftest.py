@@ -236,13 +236,15 @@ def database_url() -> str:
 
 
 @contextlib.contextmanager
-def process_serving(*command: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A server process of our application on the test database."""
+def process_serving(*command: str, port: int, data: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A server process of our application on the test database, with a data folder of its own: what it
+    leaves in its spool must not be settled by the gateway of a later test."""
     environment = {
         **os.environ,
         "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
         "DATABASE_URL": database_url(),
-        "ROUNDHOUSE_DATA": str(settings.ROUNDHOUSE_DATA),
+        "ROUNDHOUSE_DATA": str(data),
+        "ROUNDHOUSE_SECRET_KEY": settings.SECRET_KEY,
         "DJANGO_SETTINGS_MODULE": "config.settings.production",
     }
     process = subprocess.Popen([sys.executable, *command], env=environment, cwd=ROOT)
@@ -283,7 +285,7 @@ def served(facts: str) -> Iterator[Served]:
 
 
 @pytest.fixture(params=["uvicorn", "daphne"])
-def served_by_both(request: pytest.FixtureRequest, facts: str) -> Iterator[Served]:
+def served_by_both(request: pytest.FixtureRequest, facts: str, tmp_path: Path) -> Iterator[Served]:
     """The same under the gateway's server and under Daphne."""
     if request.param == "uvicorn":
         front = make_application()
@@ -294,7 +296,7 @@ def served_by_both(request: pytest.FixtureRequest, facts: str) -> Iterator[Serve
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = ("-m", "daphne", "-b", "127.0.0.1", "-p", str(port), "-v", "0", "config.asgi:application")
-    with process_serving(*command, port=port):
+    with process_serving(*command, port=port, data=tmp_path):
         yield Served(port, facts)
 
 

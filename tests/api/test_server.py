@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -54,13 +55,13 @@ def test_a_long_answer_and_an_idle_connection_are_not_cut_by_the_time_limits(
 ) -> None:
     monkeypatch.setattr(limits, "BODY_SECONDS", 0.2)
     monkeypatch.setattr(limits, "HEADER_SECONDS", 0.2)
-    body = json.dumps(say("!tokens 4 !slow 0.5")).encode()
+    body = json.dumps(say("!tokens 4 !slow 0.3")).encode()
     request = (
         "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
         f"Authorization: Bearer {served.api_key}\r\nContent-Length: {len(body)}\r\n\r\n"
     ).encode() + body
     with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connected:
-        for pause in (2.5, 0.0):
+        for pause in (1.5, 0.0):
             connected.sendall(request)
             received = b""
             while b"usage" not in received:
@@ -97,10 +98,10 @@ def test_a_busy_port_is_told_in_one_sentence(served: Served) -> None:
     assert len(ended.stderr.strip().splitlines()) == 1
 
 
-def test_sigterm_lets_a_stream_finish_and_the_ledger_have_it(facts: str) -> None:
+def test_sigterm_lets_a_stream_finish_and_the_ledger_have_it(facts: str, tmp_path: Path) -> None:
     port = free_port()
     command = (str(ROOT / "manage.py"), "gateway", "--port", str(port))
-    with process_serving(*command, port=port) as gateway:
+    with process_serving(*command, port=port, data=tmp_path) as gateway:
         served = Served(port, facts)
         # Complete at the first request: the fleet was known before it listened.
         assert [model["id"] for model in served.request("GET", "/v1/models").json()["data"]]
@@ -122,10 +123,10 @@ def test_sigterm_lets_a_stream_finish_and_the_ledger_have_it(facts: str) -> None
     assert len(events) == 2
 
 
-def test_a_gateway_killed_in_mid_stream_leaves_the_tokens_to_the_next_one(facts: str) -> None:
+def test_a_gateway_killed_in_mid_stream_leaves_the_tokens_to_the_next_one(facts: str, tmp_path: Path) -> None:
     port = free_port()
     command = (str(ROOT / "manage.py"), "gateway", "--port", str(port))
-    with process_serving(*command, port=port) as gateway:
+    with process_serving(*command, port=port, data=tmp_path) as gateway:
         seen: list[bytes] = []
 
         def read() -> None:
@@ -145,17 +146,17 @@ def test_a_gateway_killed_in_mid_stream_leaves_the_tokens_to_the_next_one(facts:
         eventually(lambda: b"".join(seen).count(b'"content":" ') >= 8, "some tokens came")
         gateway.kill()
         reading.join(10)
-    tokens = b"".join(seen).count(b'{"content":') - 0
-    with process_serving(*command, port=port):
+    tokens = b"".join(seen).count(b'{"content":')
+    with process_serving(*command, port=port, data=tmp_path):
         event = eventually(lambda: UsageEvent.objects.first(), "the next gateway settles it", seconds=15)
     assert event.outcome == Outcome.INTERRUPTED
     assert event.completion_tokens >= tokens
 
 
-def test_runserver_serves_the_same(facts: str) -> None:
+def test_runserver_serves_the_same(facts: str, tmp_path: Path) -> None:
     port = free_port()
     command = (str(ROOT / "manage.py"), "runserver", "--noreload", str(port))
-    with process_serving(*command, port=port):
+    with process_serving(*command, port=port, data=tmp_path):
         served = Served(port, facts)
         assert served.chat(say("hi")).status == 200
         assert served.request("GET", "/v1/models").status == 200

@@ -5,8 +5,11 @@ promised before it goes on; after a random moment it gets SIGKILL. All share one
 each also settles what those before it left, and may be killed over that. Their ledger is a file.
 
     FOLDER/spool         the spool root
-    FOLDER/promises      one line per promise: what [id, completion tokens]
+    FOLDER/promises      one line per promise: what, id, completion tokens, a full stop
     FOLDER/ledger        one line per batch that the ledger accepted
+
+A kill can cut a write at the end of a memory page: each line of these begins after a line end of its own and
+shows whether it is whole.
 """
 
 from __future__ import annotations
@@ -51,10 +54,10 @@ async def serve(folder: Path, number: int, source: random.Random) -> None:
     def record(events) -> None:
         fields = [field.attname for field in UsageEvent._meta.concrete_fields if field.attname != "id"]
         rows = [{name: getattr(event, name) for name in fields} for event in events]
-        os.write(ledger, json.dumps(rows, default=str).encode() + b"\n")
+        os.write(ledger, b"\n" + json.dumps(rows, default=str).encode() + b"\n")
 
     def promise(what: str, name: str, tokens: int) -> None:
-        os.write(promises, f"{what} {name} {tokens}\n".encode())
+        os.write(promises, f"\n{what} {name} {tokens} .\n".encode())
 
     spool = Spool(folder / "spool", "victim", record=record)
     await spool.start()

@@ -27,10 +27,12 @@ class Database:
         self.away_seconds = 0.0
         self.gate = threading.Event()
         self.gate.set()
+        self.reading = threading.Event()
 
     def load(self, public_id: str) -> Key | None:
         self.asked += 1
         key = self.keys.get(public_id)
+        self.reading.set()
         self.gate.wait(5)
         if self.away:
             raise OperationalError("away")
@@ -117,8 +119,7 @@ async def test_a_change_heard_while_a_key_is_being_read_is_not_lost(database: Da
     ring, new = database.ring(), database.issue()
     database.gate.clear()
     first = asyncio.create_task(ring.authenticate(new.text))
-    while database.asked == 0:
-        await asyncio.sleep(0.005)
+    await asyncio.to_thread(database.reading.wait, 5)
     # It is read as valid; then it is revoked and the feed says so, before the answer is here.
     del database.keys[new.public_id]
     ring.forget(new.public_id)

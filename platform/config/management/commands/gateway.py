@@ -54,8 +54,12 @@ class Command(BaseCommand):
         host, port = listener.getsockname()[:2]
         self.stdout.write(f"Listening on http://{f'[{host}]' if ':' in host else host}:{port}")
         self.stdout.flush()
-        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-            runner.run(server.serve(sockets=[listener]))
+        try:
+            with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+                runner.run(server.serve(sockets=[listener]))
+        except OSError as error:
+            # Two that start at once can both bind; only one of them can listen.
+            raise _cannot_listen(host, port, error) from error
         sys.exit(0 if server.started else 1)
 
 
@@ -71,11 +75,14 @@ def bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listener.bind(address)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise CommandError(
-                f"Port {port} on {host} is in use by another program; "
-                "stop it, or set ROUNDHOUSE_PORT to another port."
-            ) from error
-        raise CommandError(f"Cannot listen on {host} port {port}: {error.strerror}.") from error
-    listener.set_inheritable(True)
+        raise _cannot_listen(host, port, error) from error
     return listener
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> CommandError:
+    if error.errno == errno.EADDRINUSE:
+        return CommandError(
+            f"Port {port} on {host} is in use by another program; "
+            "stop it, or set ROUNDHOUSE_PORT to another port."
+        )
+    return CommandError(f"Cannot listen on {host} port {port}: {error.strerror or error}.")

@@ -1,0 +1,127 @@
+"""Deployments: the wish, and beside it what became of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.contrib import admin, messages
+from django.contrib.admin.views.main import ChangeList
+from django.db.models import QuerySet
+from django.http import HttpRequest
+from django.urls import reverse
+from django.utils.html import format_html, format_html_join
+
+from inference.status import DeploymentStatus, read_statuses
+from registry.actions.deployments import delete_deployment, retry_deployment, save_deployment
+from registry.admin.common import DeletesByAction, by, timeline
+from registry.models import Deployment
+
+
+class WithStatus(ChangeList):
+    """Reads the statuses of a whole page at once."""
+
+    def get_results(self, request: HttpRequest) -> None:
+        super().get_results(request)
+        deployments = list(self.result_list)
+        statuses = read_statuses(deployments)
+        for deployment in deployments:
+            deployment.status = statuses.get(deployment.pk)
+        self.result_list = deployments
+
+
+@admin.register(Deployment)
+class DeploymentAdmin(DeletesByAction):
+    list_display = ["name", "status", "ready", "reason", "next_action", "engine", "language_model"]
+    list_select_related = ["language_model"]
+    list_filter = ["engine"]
+    search_fields = ["name", "language_model__name"]
+    actions = ["retry"]
+    facts = ["status", "ready", "reason", "next_action", "revision", "workers", "events"]
+    wish = [
+        (None, {"fields": ["name", "language_model", "replicas", "slots"]}),
+        ("Engine", {"fields": ["engine", "arguments", "environment"]}),
+        ("Placement", {"fields": ["node_labels"]}),
+        ("Dispatch", {"fields": ["policy", "queue_limit", "queue_seconds", "drain_seconds"]}),
+    ]
+
+    def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[ChangeList]:
+        return WithStatus
+
+    def get_fieldsets(self, request: HttpRequest, obj: Deployment | None = None) -> Any:
+        return self.wish if obj is None else [("Now", {"fields": self.facts}), *self.wish]
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Deployment | None = None) -> list[str]:
+        # Workers and the ledger carry its name.
+        return [] if obj is None else ["name", *self.facts]
+
+    def _status(self, obj: Deployment) -> DeploymentStatus | None:
+        """The page's, or read for this one object."""
+        if not hasattr(obj, "status"):
+            obj.status = read_statuses([obj]).get(obj.pk)  # type: ignore[attr-defined]
+        return obj.status  # type: ignore[attr-defined, no-any-return]
+
+    @admin.display(description="status")
+    def status(self, obj: Deployment) -> str:
+        status = self._status(obj)
+        return status.state if status else "-"
+
+    @admin.display(description="ready")
+    def ready(self, obj: Deployment) -> str:
+        status = self._status(obj)
+        return f"{status.ready} of {status.wished}" if status else "-"
+
+    @admin.display(description="reason")
+    def reason(self, obj: Deployment) -> str:
+        status = self._status(obj)
+        return status.reason if status else "-"
+
+    @admin.display(description="what to do")
+    def next_action(self, obj: Deployment) -> str:
+        status = self._status(obj)
+        return (status.next_action if status else "") or "-"
+
+    @admin.display(description="workers")
+    def workers(self, obj: Deployment) -> str:
+        """The newest workers, each a link."""
+        newest = obj.workers.select_related("node").order_by("-id")[:20]
+        return (
+            format_html_join(
+                "",
+                '<div><a href="{}">{}</a> on {}: {}. {}</div>',
+                (
+                    (
+                        reverse("admin:registry_worker_change", args=[worker.pk]),
+                        worker,
+                        worker.node,
+                        worker.state,
+                        worker.state_reason,
+                    )
+                    for worker in newest
+                ),
+            )
+            or "-"
+        )
+
+    @admin.display(description="timeline")
+    def events(self, obj: Deployment) -> str:
+        return timeline(obj)
+
+    def save_model(self, request: HttpRequest, obj: Deployment, form: Any, change: bool) -> None:
+        save_deployment(deployment=obj, by=by(request))
+        if not change:
+            messages.info(
+                request,
+                format_html(
+                    'Clients reach it through a <a href="{}">route</a>.',
+                    reverse("admin:registry_route_add"),
+                ),
+            )
+
+    def delete_by_action(self, obj: Deployment, who: str) -> None:
+        delete_deployment(deployment=obj, by=who)
+
+    @admin.action(description="Retry: forget past failures", permissions=["change"])
+    def retry(self, request: HttpRequest, queryset: QuerySet[Deployment]) -> None:
+        for deployment in queryset:
+            retry_deployment(deployment=deployment, by=by(request))
+        messages.success(request, "Those that gave up start again within a second.")
