@@ -355,8 +355,10 @@ class Spool:
     async def _move_forever(self) -> None:
         while True:
             # While requests are open their counters change without a word here.
+            # Not `wait_for`: on Python 3.11 it can swallow the cancellation that ends this loop.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), 1.0 if self._open_count else None)
+                async with asyncio.timeout(1.0 if self._open_count else None):
+                    await self._wake.wait()
             self._wake.clear()
             _, moved = await asyncio.gather(self._sync(), self._move())
             self._drop_segments()

@@ -68,8 +68,10 @@ class Heartbeat:
             if order is not None:
                 self._on_order(order)
             spread = random.uniform(1 - _SPREAD, 1 + _SPREAD)  # noqa: S311 - spreads load, guards nothing
+            # Not `wait_for`: on Python 3.11 it can swallow the cancellation that ends this loop.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._now.wait(), self._interval * spread)
+                async with asyncio.timeout(self._interval * spread):
+                    await self._now.wait()
 
     async def say_last(self, beat: Beat) -> None:
         """Try for a few seconds to have the end known."""

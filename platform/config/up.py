@@ -22,12 +22,14 @@ from django.conf import settings
 from django.core.management import call_command
 from django.db import OperationalError, close_old_connections
 
+from config.env import celery_broker
 from config.first_run import BUNDLED_BYTES, Credentials, prepare, read_credentials
 from config.parts import Part, stop_recorded
 from config.private_redis import NoRedis, redis_command, redis_url, socket_folder
 from inference.agent.command import JoinError, ensure_joined
 from inference.agent.identity import node_folder, read_identity, write_identity
 from inference.agent.processes import stop_all
+from inference.broker import broker_of
 from inference.status import DeploymentState, read_statuses
 from registry.actions.nodes import create_join_token, node_of_secret
 from registry.models import Deployment, ModelCopy, Worker
@@ -150,7 +152,9 @@ class Up:
             part = self._add("redis", redis_command(folder))
         except (NoRedis, OSError) as error:
             raise CannotStart(str(error)) from error
+        # What this process says of Redis from here on is the one it just started.
         settings.ROUNDHOUSE_REDIS_URL = self.redis_url
+        settings.CELERY_BROKER_URL = celery_broker(self.redis_url)
         client = redis.Redis.from_url(self.redis_url)
         deadline = time.monotonic() + 10
         while True:
@@ -187,7 +191,8 @@ class Up:
     def _join(self) -> None:
         """Make this machine a node, once. A node that the database does not know joins anew."""
         identity = read_identity(self.data)
-        if identity is not None and node_of_secret(identity.node_id, identity.secret) is None:
+        node = node_of_secret(identity.node_id, identity.secret) if identity is not None else None
+        if identity is not None and node is None:
             (node_folder(self.data) / "identity.json").unlink()
             identity = None
         token = create_join_token(by="manage.py up") if identity is None or identity.url != self.url else None
@@ -197,9 +202,9 @@ class Up:
             )
         except JoinError as error:
             raise CannotStart(str(error)) from error
-        if identity.broker_url != self.redis_url:
+        if node is not None and identity.broker_url != (broker_url := broker_of(node)):
             # REDIS_URL was changed since the node joined.
-            write_identity(self.data, msgspec.structs.replace(identity, broker_url=self.redis_url))
+            write_identity(self.data, msgspec.structs.replace(identity, broker_url=broker_url))
 
     def _why(self, part: Part, sentence: str) -> str:
         lines = "\n".join(f"    {line}" for line in part.last_lines())
