@@ -23,7 +23,7 @@ class ChatCompletions(ApiConsumer):
         self._generation = Generation(gateway, self)
 
     async def handle(self, request: Request) -> None:
-        await self._generation.run(request)
+        await self._generation.run(request, self)
 
     async def on_client_gone(self) -> None:
         await self._generation.client_left()

@@ -18,9 +18,9 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import Annotated
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Annotated, Protocol
 
 import msgspec
 
@@ -42,10 +42,26 @@ logger = logging.getLogger("roundhouse.request")
 ENDPOINT = "/v1/chat/completions"
 
 
-class Generation:
-    """One request on its way. `run` is called once; `client_left` when the client leaves meanwhile."""
+class Answered(Protocol):
+    """Where an answer goes: a client's connection, or a conversation in the chat."""
 
-    def __init__(self, gateway: Gateway, consumer: HttpConsumer) -> None:
+    client_gone: bool
+    """Nobody waits for the answer any more."""
+
+    async def send_json(self, status: int, payload: object) -> None: ...
+
+    async def stream_start(self) -> None: ...
+
+    async def stream_chunk(self, chunk: bytes) -> None:
+        """One server-sent event, with the blank line that ends it."""
+
+    async def stream_end(self, chunk: bytes = b"") -> None: ...
+
+
+class Generation:
+    """One request on its way. `run` or `run_as` is called once; `client_left` when the client leaves."""
+
+    def __init__(self, gateway: Gateway, consumer: Answered) -> None:
         self._gateway = gateway
         self._consumer = consumer
         self._began = time.monotonic()
@@ -66,25 +82,39 @@ class Generation:
         self._completion = 0
         self._abort: asyncio.Task[None] | None = None
 
-    async def run(self, request: Request) -> None:
-        """Answer the request. Raises what a client is told by `answer_to`, as long as nothing was sent."""
+    async def run(self, request: Request, consumer: HttpConsumer) -> None:
+        """Answer a client. Raises what it is told by `answer_to`, as long as nothing was sent."""
         self._request_id = request.request_id
-        gateway = self._gateway
+        async with self._settled():
+            self._key = await self._gateway.keys.authenticate(request.bearer)  # 1
+            body = await consumer.read_body(limits.BODY_BYTES)  # 2
+            await self._answer(self._key, body)
+
+    async def run_as(self, key: Key, body: bytes, *, request_id: str) -> None:
+        """Answer somebody whom we know already (a person in the chat): the same from step 3 on."""
+        self._request_id = request_id
+        async with self._settled():
+            self._key = key
+            await self._answer(key, body)
+
+    async def _answer(self, key: Key, body: bytes) -> None:
+        chat = parse_chat(body)  # 3
+        del body
+        self._model, self._stream = chat.model or "", bool(chat.stream)
+        needs = chat.needs()
+        route = self._resolve(key, needs)  # 4, 5
+        self._entry = self._open(key)  # 6
+        self._gateway.enter()
+        forwarded = chat.forwarded(needs)
+        if chat.stream:
+            await self._answer_stream(route, needs, forwarded, chat)  # 7, 8, 9
+        else:
+            await self._answer_whole(route, needs, forwarded)
+
+    @asynccontextmanager
+    async def _settled(self) -> AsyncIterator[None]:
         try:
-            key = self._key = await gateway.keys.authenticate(request.bearer)  # 1
-            body = await self._consumer.read_body(limits.BODY_BYTES)  # 2
-            chat = parse_chat(body)  # 3
-            del body
-            self._model, self._stream = chat.model or "", bool(chat.stream)
-            needs = chat.needs()
-            route = self._resolve(key, needs)  # 4, 5
-            self._entry = self._open(key)  # 6
-            gateway.enter()
-            forwarded = chat.forwarded(needs)
-            if chat.stream:
-                await self._answer_stream(route, needs, forwarded, chat)  # 7, 8, 9
-            else:
-                await self._answer_whole(route, needs, forwarded)
+            yield
         except BaseException as error:
             self._error = error
             raise
