@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import stat
 import subprocess
@@ -99,10 +98,31 @@ def test_a_busy_port_is_named_in_one_sentence(roundhouse: Roundhouse, tmp_path):
     assert "ROUNDHOUSE_PORT" in result.stdout
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
-def test_an_unwritable_folder_is_named_in_one_sentence(roundhouse: Roundhouse, tmp_path):
-    tmp_path.chmod(0o500)
-    environment = roundhouse.environment | {"ROUNDHOUSE_DATA": str(tmp_path / "data")}
+def test_a_folder_that_cannot_be_made_is_named_in_one_sentence(roundhouse: Roundhouse, tmp_path):
+    (tmp_path / "file").touch()
+    environment = roundhouse.environment | {"ROUNDHOUSE_DATA": str(tmp_path / "file" / "data")}
     result = Roundhouse(data=tmp_path, environment=environment).manage("up", check=False)
     assert result.returncode == 1
     assert "ROUNDHOUSE_DATA" in result.stderr
+    assert result.stderr.strip().count("\n") == 0
+
+
+def test_too_little_disk_is_told_before_anything_is_fetched(roundhouse: Roundhouse, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(small)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("this account may not mount a small disk")
+    try:
+        environment = roundhouse.environment | {
+            "ROUNDHOUSE_DATA": str(tmp_path / "data"),
+            "ROUNDHOUSE_CACHE": str(small),
+        }
+        result = Roundhouse(data=tmp_path, environment=environment).manage("up", check=False)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    assert result.returncode == 1
+    assert "Too little disk" in result.stderr
+    assert "ROUNDHOUSE_CACHE" in result.stderr
