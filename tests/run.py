@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="run only these stages, comma-separated")
     arguments, rest = parser.parse_known_args()
     only = set(filter(None, arguments.only.split(",")))
-    runs = Runs(only=only, extra=rest + ([] if arguments.full else ["-m", "not full and not gpu"]))
+    runs = Runs(only=only, extra=["-m", "not gpu" if arguments.full else "not full and not gpu", *rest])
 
     with contextlib.ExitStack() as stack:
         postgres = stack.enter_context(services.postgres())
