@@ -25,14 +25,15 @@ def main() -> None:
     roundhouse = new_roundhouse(data)
     try:
         roundhouse.up()
-        # The real model only had to prove the start; its beats would be noise here.
+        # The real models only had to prove the start; their beats would be noise here.
         roundhouse.manage(
             "shell",
             "-v0",
             "-c",
             "from registry.models import Deployment\n"
             "from registry.actions.deployments import scale_deployment\n"
-            "scale_deployment(deployment=Deployment.objects.get(), replicas=0, by='bench')",
+            "for deployment in Deployment.objects.all():\n"
+            "    scale_deployment(deployment=deployment, replicas=0, by='bench')",
         )
         roundhouse.deploy_simulated("instant", token_seconds=0.0)
         roundhouse.deploy_simulated("paced", token_seconds=0.02)

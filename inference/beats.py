@@ -130,6 +130,10 @@ class BeatBook:
             self._speeds[beat.worker_id] = _Speed(beat.load.tokens, now, beat.load.running > 0)
         else:
             speed.measure(beat.load, now)
+        waiting = self._newest.get(beat.worker_id)
+        if waiting is not None and waiting.epoch == beat.epoch and not beat.log_tail:
+            # Lines come with few beats; the next beat must not take them away.
+            beat = msgspec.structs.replace(beat, log_tail=waiting.log_tail)
         self._newest[beat.worker_id] = beat
         if self._phases.get(beat.worker_id) != (beat.epoch, beat.phase):
             self._phases[beat.worker_id] = (beat.epoch, beat.phase)
@@ -288,8 +292,10 @@ def write_beats(beats: Iterable[Beat], speeds: Mapping[int, float]) -> None:
 @transaction.atomic
 def _write(beats: list[Beat], speeds: Mapping[int, float]) -> None:
     now = database_now()
-    workers = Worker.objects.select_related("revision").in_bulk([beat.worker_id for beat in beats])
-    alive = []
+    # Without the log: it may be long, and is only ever replaced.
+    known = Worker.objects.select_related("revision").defer("log_tail")
+    workers = known.in_bulk([beat.worker_id for beat in beats])
+    alive, talkative = [], []
     for beat in beats:
         worker = workers.get(beat.worker_id)
         if worker is None or worker.epoch != beat.epoch or worker.state in WORKER_TERMINAL:
@@ -301,8 +307,13 @@ def _write(beats: list[Beat], speeds: Mapping[int, float]) -> None:
             continue
         _take_over(worker, beat, now, speeds.get(worker.pk))
         alive.append(worker)
+        if beat.log_tail:
+            worker.log_tail = "\n".join(beat.log_tail)
+            talkative.append(worker)
     if alive:
         record_loads(alive, fields=LOAD_FIELDS)
+    if talkative:
+        record_loads(talkative, fields=["log_tail"])
 
 
 def _next_state(state: WorkerState, phase: WorkerPhase) -> WorkerState | None:

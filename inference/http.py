@@ -25,6 +25,7 @@ import logging
 import random
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import msgspec
@@ -66,6 +67,10 @@ class MethodNotAllowed(HttpError):
     def __init__(self, method: str, allowed: Iterable[str]) -> None:
         super().__init__(f"Method {method} is not allowed here.")
         self.allow = ", ".join(sorted(allowed))
+
+
+request_id_now: ContextVar[str] = ContextVar("request_id", default="")
+"""The request that this task answers, for whoever logs in its course."""
 
 
 def new_request_id() -> str:

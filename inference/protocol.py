@@ -120,7 +120,7 @@ class ModelSpec(Message, frozen=True, kw_only=True):
     id: int
     name: str
     source: str
-    """`/absolute/folder` or `package:NAME==VERSION#sha256=HEX`."""
+    """As `inference.sources.parse_source` reads it, such as `/absolute/folder`."""
     chat_template: str | None = None
     """Replaces the model's own template when given."""
 
@@ -235,6 +235,7 @@ class Beat(Message, frozen=True, kw_only=True):
     detail: str = ""
     exit_code: int | None = None
     log_tail: list[str] = []
+    """The last log lines; empty in most beats: new ones come every few seconds, and all with the last."""
 
 
 class BeatOrder(StrEnum):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from datetime import timedelta
 from functools import wraps
 from pathlib import Path
 from threading import Lock
@@ -17,9 +18,12 @@ from inference.nudges import send_nudges
 from inference.reconcile import reconcile
 from registry.actions.events import forget_old_changes
 from registry.actions.gateways import forget_silent_gateways
+from registry.actions.rollups import reconcile_usage, roll_up
 from registry.querysets import database_now
 
 log = logging.getLogger("roundhouse.control")
+
+AUDITED = timedelta(days=3)
 
 
 def one_at_a_time(body: Callable[[], None]) -> Callable[[], None]:
@@ -77,3 +81,23 @@ def housekeeping() -> None:
     """Forget what nobody asks for any more."""
     forget_old_changes()
     forget_silent_gateways()
+
+
+@shared_task(name="inference.roll_up_usage")  # type: ignore[untyped-decorator]
+@one_at_a_time
+def roll_up_usage() -> None:
+    """Add up the hours that have ended, and again those to which a late event came."""
+    roll_up()
+
+
+@shared_task(name="inference.audit_usage")  # type: ignore[untyped-decorator]
+@one_at_a_time
+def audit_usage() -> None:
+    """Hold the rollups of the last days against the ledger. They never differ, unless someone changed the
+    tables by hand."""
+    for difference in reconcile_usage(since=database_now() - AUDITED):
+        log.error(
+            "the rollups of %s differed from the ledger; they are added up again",
+            difference.hour.isoformat(),
+            extra={"event": "rollups_differed"},
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from inference.http import Header, HttpConsumer, Request
+from openai_api.endpoints import Endpoint
 from openai_api.errors import UnknownUrl, answer_to
 from openai_api.gateway import Gateway
 from openai_api.generation import Generation
@@ -15,18 +16,29 @@ class ApiConsumer(HttpConsumer):
         return answer_to(error)
 
 
-class ChatCompletions(ApiConsumer):
-    """POST /v1/chat/completions"""
+class Answers(ApiConsumer):
+    """POST to an endpoint that a worker answers."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, endpoint: Endpoint) -> None:
         super().__init__()
-        self._generation = Generation(gateway, self)
+        self._generation = Generation(gateway, self, endpoint)
 
     async def handle(self, request: Request) -> None:
         await self._generation.run(request, self)
 
     async def on_client_gone(self) -> None:
         await self._generation.client_left()
+
+
+class OpenApiDocument(ApiConsumer):
+    """GET /v1/openapi.json. Needs no key: it tells what the public API looks like, not what is in it."""
+
+    methods = frozenset({"GET", "HEAD"})
+
+    async def handle(self, request: Request) -> None:
+        from openai_api.document import document_json  # which imports the views, and these Django's apps
+
+        await self.send_json(200, document_json())
 
 
 class UnknownUrls(ApiConsumer):
@@ -36,28 +48,3 @@ class UnknownUrls(ApiConsumer):
 
     async def handle(self, request: Request) -> None:
         raise UnknownUrl(request.method, request.path)
-
-
-class Alive(ApiConsumer):
-    """GET /healthz: the process answers."""
-
-    methods = frozenset({"GET", "HEAD"})
-
-    async def handle(self, request: Request) -> None:
-        await self.send_json(200, {"status": "ok"})
-
-
-class Ready(ApiConsumer):
-    """GET /readyz: it can serve any key; 503 while it cannot."""
-
-    methods = frozenset({"GET", "HEAD"})
-
-    def __init__(self, gateway: Gateway) -> None:
-        super().__init__()
-        self._gateway = gateway
-
-    async def handle(self, request: Request) -> None:
-        if self._gateway.fleet.database_away_seconds > 0:
-            await self.send_json(503, {"status": "the database does not answer"})
-        else:
-            await self.send_json(200, {"status": "ok"})

@@ -5,6 +5,7 @@
     ├── MissingKey           no key was sent
     ├── WrongKey             the key is malformed, unknown, expired or revoked
     ├── UnknownModel         no such model
+    ├── WrongEndpoint        no worker of the model answers this endpoint
     ├── ForbiddenModel       the model exists, but this key may not use it
     ├── UnknownUrl           nothing is served at this URL
     └── StorageAway          the database, or the disk of the ledger, does not answer
@@ -85,6 +86,16 @@ class UnknownModel(ApiError):
         self.param = param
 
 
+class WrongEndpoint(ApiError):
+    """No worker of the model answers this endpoint."""
+
+    param = "model"
+    code = "unsupported_value"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"The model `{_printable(model)}` does not support this endpoint.")
+
+
 class ForbiddenModel(ApiError):
     """The model exists, but this key may not use it."""
 
@@ -127,6 +138,7 @@ ROWS: dict[type[Exception], Row] = {
     MissingKey: Row(401, "invalid_request_error"),
     WrongKey: Row(401, "invalid_request_error", "invalid_api_key"),
     UnknownModel: Row(404, "invalid_request_error", "model_not_found"),
+    WrongEndpoint: Row(400, "invalid_request_error"),
     ForbiddenModel: Row(403, "invalid_request_error", "model_not_found"),
     UnknownUrl: Row(404, "invalid_request_error"),
     StorageAway: Row(503, "service_unavailable_error", "storage"),

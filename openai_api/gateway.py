@@ -16,6 +16,7 @@ from inference.dispatch.dispatcher import Dispatcher
 from inference.dispatch.fleet import Fleet
 from openai_api.auth import KeyRing
 from openai_api.errors import StorageAway
+from openai_api.metrics import Meter
 from registry.spool import Spool
 
 logger = logging.getLogger("roundhouse.gateway")
@@ -36,6 +37,7 @@ class Gateway:
         self.dispatcher = Dispatcher(self.fleet)
         self.client = WorkerClient()
         self.beats = BeatBook(self.fleet, name=self.name)
+        self.meter = Meter()
         self.keys = KeyRing(peppers, away_seconds=lambda: self.fleet.database_away_seconds)
         self.fleet.subscribe("api_key", self.keys.forget)
         self._active = 0
@@ -51,6 +53,11 @@ class Gateway:
         if self._spool is None:
             raise StorageAway
         return self._spool
+
+    @property
+    def active(self) -> int:
+        """Requests that are being answered."""
+        return self._active
 
     def enter(self) -> None:
         """A request was admitted; `leave` follows when it is settled."""

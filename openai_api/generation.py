@@ -1,9 +1,9 @@
-"""One chat completion, top to bottom.
+"""One request for a worker, top to bottom: chat, completions, embeddings, reranking.
 
 1. Authenticate, before the body is read.
 2. Read the body, bounded.
 3. Parse it.
-4. Resolve the route; what none of its engines honours is refused by name.
+4. Resolve the route; what none of its engines honours is refused by name, the endpoint itself included.
 5. Authorize: may this key use this route?
 6. Open the ledger's entry: from here on the request has exactly one usage event.
 7. Dispatch: a lease on a worker. One that fails before its first byte is replaced by another.
@@ -31,15 +31,22 @@ from inference.errors import WorkerBroke, WorkerUnreachable
 from inference.http import ClientGone, HttpConsumer, Request
 from openai_api import limits
 from openai_api.auth import Key
-from openai_api.errors import ForbiddenModel, StorageAway, UnknownModel, answer_to, row_of
+from openai_api.endpoints import CHAT, Endpoint
+from openai_api.errors import (
+    ForbiddenModel,
+    StorageAway,
+    UnknownModel,
+    WrongEndpoint,
+    answer_to,
+    row_of,
+)
 from openai_api.gateway import Gateway
-from openai_api.protocol import ChatCompletionRequest, parse_chat, unsupported
+from openai_api.parsing import unsupported
+from openai_api.protocol import Call
 from registry.spool import Closed, Entry, Opened, SpoolFull
 from registry.states import Outcome
 
 logger = logging.getLogger("roundhouse.request")
-
-ENDPOINT = "/v1/chat/completions"
 
 
 class Answered(Protocol):
@@ -61,8 +68,9 @@ class Answered(Protocol):
 class Generation:
     """One request on its way. `run` or `run_as` is called once; `client_left` when the client leaves."""
 
-    def __init__(self, gateway: Gateway, consumer: Answered) -> None:
+    def __init__(self, gateway: Gateway, consumer: Answered, endpoint: Endpoint = CHAT) -> None:
         self._gateway = gateway
+        self._endpoint = endpoint
         self._consumer = consumer
         self._began = time.monotonic()
         self._request_id = ""
@@ -98,16 +106,17 @@ class Generation:
             await self._answer(key, body)
 
     async def _answer(self, key: Key, body: bytes) -> None:
-        chat = parse_chat(body)  # 3
+        call = self._endpoint.parse(body)  # 3
         del body
-        self._model, self._stream = chat.model or "", bool(chat.stream)
-        needs = chat.needs()
+        self._model, self._stream = call.model or "", call.streamed
+        fields = call.needs()
+        needs = self._endpoint.needs | fields if fields else self._endpoint.needs
         route = self._resolve(key, needs)  # 4, 5
         self._entry = self._open(key)  # 6
         self._gateway.enter()
-        forwarded = chat.forwarded(needs)
-        if chat.stream:
-            await self._answer_stream(route, needs, forwarded, chat)  # 7, 8, 9
+        forwarded = call.forwarded(fields)
+        if self._stream:
+            await self._answer_stream(route, needs, forwarded, call)  # 7, 8, 9
         else:
             await self._answer_whole(route, needs, forwarded)
 
@@ -120,6 +129,11 @@ class Generation:
             raise
         finally:
             await self._settle()  # 10
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Prompt and completion tokens counted so far."""
+        return self._prompt, self._completion
 
     async def client_left(self) -> None:
         """Tell the worker to stop, while its connection is still open: only then it says what the request
@@ -142,13 +156,24 @@ class Generation:
             raise UnknownModel(model)
         if not key.may_use(model):
             raise ForbiddenModel(model, key.project_name)
-        if needs:
-            workers = [worker for deployment, _ in route.targets for worker in deployment.workers]
-            if workers and not any(needs <= worker.capabilities for worker in workers):
-                # Named is one that the most capable of them lacks.
-                lacking = min((needs - worker.capabilities for worker in workers), key=len)
-                raise unsupported(min(lacking), model)
-        return route
+        nobody = True
+        for deployment, _ in route.targets:
+            for worker in deployment.workers:
+                if needs <= worker.capabilities:
+                    return route
+                nobody = False
+        if not nobody:
+            raise self._lacking(route, needs)
+        return route  # whose workers may be back in a moment: dispatch says what it means
+
+    def _lacking(self, route: RouteView, needs: frozenset[str]) -> Exception:
+        """Why none of the workers can take it: names what the most capable of them lacks."""
+        workers = [worker for deployment, _ in route.targets for worker in deployment.workers]
+        answering = [worker for worker in workers if self._endpoint.needs <= worker.capabilities]
+        if not answering:
+            return WrongEndpoint(self._model)
+        _, field = min((len(lacks), min(lacks)) for lacks in (needs - one.capabilities for one in answering))
+        return unsupported(field, self._model)
 
     def _open(self, key: Key) -> Entry:
         try:
@@ -161,7 +186,7 @@ class Generation:
                     key_public_id=key.public_id,
                     key_name=key.name,
                     route=self._model,
-                    endpoint=ENDPOINT,
+                    endpoint=self._endpoint.path,
                     stream=self._stream,
                 )
             )
@@ -208,9 +233,9 @@ class Generation:
             worker = await self._next_worker(route, needs, avoid)
             try:
                 answer = await self._gateway.client.complete(
-                    worker, ENDPOINT, body, request_id=self._request_id
+                    worker, self._endpoint.asked, body, request_id=self._request_id
                 )
-                usage = _usage_of(answer, worker)
+                usage, answer = self._read(answer, worker)
                 break
             except WorkerUnreachable as error:
                 self._give_up(worker, error)
@@ -223,14 +248,23 @@ class Generation:
         self._status = 200
         await self._consumer.send_json(200, answer)
 
-    async def _answer_stream(
-        self, route: RouteView, needs: frozenset[str], body: bytes, chat: ChatCompletionRequest
-    ) -> None:
-        shows_usage = bool(chat.stream_options and chat.stream_options.include_usage)
+    def _read(self, answer: bytes, worker: WorkerView) -> tuple[_Usage, bytes]:
+        """The usage in a whole answer, and the answer for the client. Raises WorkerUnreachable for what
+        is no answer."""
+        try:
+            usage = _decode_answer(answer).usage
+            reshape = self._endpoint.reshape
+            return usage, answer if reshape is None else reshape(answer)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise WorkerUnreachable(f"{worker.name} sent an answer that is none.") from error
+
+    async def _answer_stream(self, route: RouteView, needs: frozenset[str], body: bytes, call: Call) -> None:
+        shows_usage = call.shows_usage
+        asked = self._endpoint.asked
         avoid: frozenset[int] = frozenset()
         while True:
             worker = await self._next_worker(route, needs, avoid)
-            events = self._gateway.client.stream(worker, ENDPOINT, body, request_id=self._request_id)
+            events = self._gateway.client.stream(worker, asked, body, request_id=self._request_id)
             async with aclosing(events):
                 try:
                     first = await anext(events)
@@ -318,7 +352,9 @@ class Generation:
 
     def _count_usage(self, usage: _Usage) -> None:
         details = usage.prompt_tokens_details
-        self._count(usage.prompt_tokens, usage.completion_tokens, (details and details.cached_tokens) or 0)
+        # Some rerankers tell the sum only.
+        prompt = usage.prompt_tokens or max(0, usage.total_tokens - usage.completion_tokens)
+        self._count(prompt, usage.completion_tokens, (details and details.cached_tokens) or 0)
 
     def _count(self, prompt: int, completion: int, cached: int = 0) -> None:
         """Never less than before: what a client has seen is paid for."""
@@ -347,6 +383,16 @@ class Generation:
             if self._entry is not None:
                 self._gateway.leave()
                 self._entry.close(self._closed(outcome, status))
+            self._gateway.meter.note(
+                self._model if self._entry is not None else "",
+                self._endpoint.path,
+                status,
+                time.monotonic() - self._began,
+                self._first_at - self._began if self._stream and self._first_at is not None else None,
+                self._prompt,
+                self._cached,
+                self._completion,
+            )
             self._log(outcome, status)
 
     def _outcome(self) -> tuple[Outcome, int]:
@@ -388,6 +434,7 @@ class Generation:
                 "event": "request",
                 "request_id": self._request_id,
                 "key": self._key.public_id if self._key else None,
+                "endpoint": self._endpoint.path,
                 "route": self._model[:120],
                 "worker": self._worker.name if self._worker else None,
                 "status": status,
@@ -413,6 +460,7 @@ class _PromptDetails(msgspec.Struct):
 class _Usage(msgspec.Struct):
     prompt_tokens: _Count = 0
     completion_tokens: _Count = 0
+    total_tokens: _Count = 0
     prompt_tokens_details: _PromptDetails | None = None
 
 
@@ -421,14 +469,6 @@ class _Answer(msgspec.Struct):
 
 
 _decode_answer = msgspec.json.Decoder(_Answer).decode
-
-
-def _usage_of(answer: bytes, worker: WorkerView) -> _Usage:
-    """The usage in a whole answer. Raises WorkerUnreachable for what is no answer."""
-    try:
-        return _decode_answer(answer).usage
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise WorkerUnreachable(f"{worker.name} sent an answer that is none.") from error
 
 
 _ERROR = b'data: {"error"'

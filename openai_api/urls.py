@@ -2,9 +2,11 @@
 
 from django.urls import URLPattern, path
 
+from openai_api.usage import CompletionsUsage
 from openai_api.views import ModelDetail, Models
 
 urlpatterns: list[URLPattern] = [
+    path("v1/organization/usage/completions", CompletionsUsage.as_view()),
     path("v1/models", Models.as_view()),
     path("v1/models/<path:model>", ModelDetail.as_view()),
 ]

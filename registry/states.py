@@ -123,6 +123,7 @@ class CopyState(models.TextChoices):
 
 class EngineName(models.TextChoices):
     TRANSFORMERS = "transformers"
+    EMBEDDING = "embedding"
     SIMULATED = "simulated"
 
 

@@ -20,17 +20,28 @@ validate_host_label = RegexValidator(
 _SOURCE = re.compile(
     r"/(?!.*(?:^|/)\.\.(?:/|\Z)).+"
     r"|package:[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?==[0-9][A-Za-z0-9.!]*#sha256=[0-9A-Fa-f]{64}"
+    r"|(?:hub|modelscope):[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}@[0-9a-f]{40}"
+    r"(?:/(?:[A-Za-z0-9][\w.-]*/){0,8}[A-Za-z0-9][\w.-]*\.gguf)?",
+    re.ASCII,
 )
+_HUB = re.compile(r"(hub|modelscope):")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def validate_source(value: str) -> None:
-    """A model's source: an absolute folder without `..`, or a pinned package."""
-    if not value.isprintable() or not _SOURCE.fullmatch(value):
+    """A model's source: an absolute folder without `..`, a pinned package, or a hub's pinned commit."""
+    if value.isprintable() and _SOURCE.fullmatch(value):
+        return
+    if _HUB.match(value):
         raise ValidationError(
-            "Write an absolute folder path without '..', or package:NAME==VERSION#sha256=HEX with the "
-            "sha256 of the wheel."
+            "Write hub:ORG/NAME@COMMIT with the 40 hexadecimal digits of a commit: a branch such as 'main' "
+            "can change at any time. `git ls-remote https://huggingface.co/ORG/NAME main` prints the commit "
+            "that it names now."
         )
+    raise ValidationError(
+        "Write an absolute folder path without '..', package:NAME==VERSION#sha256=HEX with the sha256 of "
+        "the wheel, or hub:ORG/NAME@COMMIT."
+    )
 
 
 def validate_object(value: Any) -> None:

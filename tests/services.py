@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pwd
 import shutil
@@ -121,3 +122,24 @@ def _redis_answers(url: str) -> bool:
             return bool(client.ping())
         except redis.RedisError:
             return False
+
+
+@functools.cache
+def chromium() -> str | None:
+    """Where Chromium is. Where it is missing and we may, it is installed first; that takes a minute."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None and os.getuid() == 0 and shutil.which("apt-get"):
+        print("Chromium is not installed; installing it with apt-get for the tests of pages.", flush=True)
+        for command in (["apt-get", "update"], ["apt-get", "install", "-y", "chromium"]):
+            done = subprocess.run(
+                command,
+                check=False,
+                capture_output=True,
+                text=True,
+                env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
+            )
+            if done.returncode:
+                print(f"`{' '.join(command)}` failed: {done.stderr.strip()[-500:]}", flush=True)
+        found = next(filter(None, map(shutil.which, names)), None)
+    return found

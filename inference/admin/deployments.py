@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from django.contrib import admin, messages
@@ -11,10 +12,24 @@ from django.http import HttpRequest
 from django.urls import reverse
 from django.utils.html import format_html, format_html_join
 
+from inference.admin import effects
+from inference.admin.badges import badge
+from inference.admin.live import LivePages, cell
+from inference.admin.operations import Operates, Operation
+from inference.admin.workers import progress_of
 from inference.status import DeploymentStatus, read_statuses
-from registry.actions.deployments import delete_deployment, retry_deployment, save_deployment
+from registry.actions.deployments import (
+    delete_deployment,
+    replicas_before_stop,
+    restart_deployment,
+    retry_deployment,
+    save_deployment,
+    scale_deployment,
+)
 from registry.admin.common import DeletesByAction, by, timeline
 from registry.models import Deployment
+
+WORKERS_SHOWN = 20
 
 
 class WithStatus(ChangeList):
@@ -29,13 +44,55 @@ class WithStatus(ChangeList):
         self.result_list = deployments
 
 
+OPERATIONS = (
+    Operation(
+        name="start",
+        label="Start",
+        effect=effects.start_effect,
+        perform=lambda deployment, _, who: (
+            scale_deployment(deployment=deployment, replicas=replicas_before_stop(deployment), by=who)
+            if deployment.replicas == 0
+            else None
+        ),
+        done="workers are started within a second or two.",
+    ),
+    Operation(
+        name="stop",
+        label="Stop",
+        effect=effects.stop_effect,
+        perform=lambda deployment, _, who: scale_deployment(deployment=deployment, replicas=0, by=who),
+        done="workers finish their requests and end.",
+    ),
+    Operation(
+        name="scale",
+        label="Scale",
+        effect=effects.scale_effect,
+        perform=lambda deployment, number, who: scale_deployment(
+            deployment=deployment, replicas=number, by=who
+        ),
+        asks="How many replicas?",
+        done="the wish is changed.",
+    ),
+    Operation(
+        name="restart",
+        label="Restart",
+        effect=effects.restart_effect,
+        perform=lambda deployment, _, who: restart_deployment(deployment=deployment, by=who),
+        done="workers are replaced one by one.",
+    ),
+)
+
+
 @admin.register(Deployment)
-class DeploymentAdmin(DeletesByAction):
+class DeploymentAdmin(Operates, LivePages, DeletesByAction):
     list_display = ["name", "status", "ready", "reason", "next_action", "engine", "language_model"]
     list_select_related = ["language_model"]
     list_filter = ["engine"]
     search_fields = ["name", "language_model__name"]
     actions = ["retry"]
+    operations = OPERATIONS
+    live_list = ("status", "ready", "reason", "next_action")
+    live_form = (*live_list, "workers", "events")
     facts = ["status", "ready", "reason", "next_action", "revision", "workers", "events"]
     wish = [
         (None, {"fields": ["name", "language_model", "replicas", "slots"]}),
@@ -54,6 +111,11 @@ class DeploymentAdmin(DeletesByAction):
         # Workers and the ledger carry its name.
         return [] if obj is None else ["name", *self.facts]
 
+    def prepare_live(self, objs: Sequence[Deployment]) -> None:
+        statuses = read_statuses(objs)
+        for deployment in objs:
+            deployment.status = statuses.get(deployment.pk)  # type: ignore[attr-defined]
+
     def _status(self, obj: Deployment) -> DeploymentStatus | None:
         """The page's, or read for this one object."""
         if not hasattr(obj, "status"):
@@ -63,48 +125,52 @@ class DeploymentAdmin(DeletesByAction):
     @admin.display(description="status")
     def status(self, obj: Deployment) -> str:
         status = self._status(obj)
-        return status.state if status else "-"
+        return cell(obj, "status", badge(status.state) if status else "-")
 
     @admin.display(description="ready")
     def ready(self, obj: Deployment) -> str:
         status = self._status(obj)
-        return f"{status.ready} of {status.wished}" if status else "-"
+        return cell(obj, "ready", f"{status.ready} of {status.wished}" if status else "-")
 
     @admin.display(description="reason")
     def reason(self, obj: Deployment) -> str:
         status = self._status(obj)
-        return status.reason if status else "-"
+        return cell(obj, "reason", status.reason if status else "-")
 
     @admin.display(description="what to do")
     def next_action(self, obj: Deployment) -> str:
         status = self._status(obj)
-        return (status.next_action if status else "") or "-"
+        return cell(obj, "next_action", (status.next_action if status else "") or "-")
 
     @admin.display(description="workers")
     def workers(self, obj: Deployment) -> str:
         """The newest workers, each a link."""
-        newest = obj.workers.select_related("node").order_by("-id")[:20]
-        return (
-            format_html_join(
-                "",
-                '<div><a href="{}">{}</a> on {}: {}. {}</div>',
+        newest = obj.workers.select_related("node").order_by("-id")[:WORKERS_SHOWN]
+        rows = format_html_join(
+            "",
+            '<tr><td><a href="{}">{}</a></td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>',
+            (
                 (
-                    (
-                        reverse("admin:registry_worker_change", args=[worker.pk]),
-                        worker,
-                        worker.node,
-                        worker.state,
-                        worker.state_reason,
-                    )
-                    for worker in newest
-                ),
-            )
-            or "-"
+                    reverse("admin:registry_worker_change", args=[worker.pk]),
+                    worker,
+                    badge(worker.state),
+                    worker.node,
+                    f"{worker.running} running, {worker.waiting} waiting",
+                    progress_of(worker) or worker.state_reason,
+                )
+                for worker in newest
+            ),
         )
+        table = format_html(
+            "<table><thead><tr><th>Worker</th><th>State</th><th>Node</th><th>Load</th><th>Why</th></tr></thead>"
+            "<tbody>{}</tbody></table>",
+            rows,
+        )
+        return cell(obj, "workers", table if rows else "-")
 
     @admin.display(description="timeline")
     def events(self, obj: Deployment) -> str:
-        return timeline(obj)
+        return cell(obj, "events", timeline(obj))
 
     def save_model(self, request: HttpRequest, obj: Deployment, form: Any, change: bool) -> None:
         save_deployment(deployment=obj, by=by(request))

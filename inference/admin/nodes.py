@@ -9,31 +9,44 @@ from django.db.models import Count, Q, QuerySet
 from django.http import HttpRequest
 from django.template.defaultfilters import filesizeformat
 
-from registry.actions.nodes import change_node, delete_node
+from inference.admin import effects
+from inference.admin.badges import badge, bar
+from inference.admin.live import LivePages, cell
+from inference.admin.operations import Operates, Operation
+from registry.actions.nodes import change_node, cordon_node, delete_node
 from registry.admin.common import DeletesByAction, ReadOnlyAdmin, by, timeline
 from registry.models import ModelCopy, Node
 from registry.states import WORKER_LIVE
 
 
 @admin.register(Node)
-class NodeAdmin(DeletesByAction):
+class NodeAdmin(Operates, LivePages, DeletesByAction):
     """A node joins by itself; here it gets labels, or a cordon."""
 
-    list_display = [
-        "name",
-        "state",
-        "cordoned",
-        "address",
-        "live_workers",
-        "memory",
-        "last_seen_at",
-        "version",
-    ]
+    list_display = ["name", "now", "may_get_workers", "address", "live_workers", "memory", "seen", "version"]
+    operations = (
+        Operation(
+            name="cordon",
+            label="Cordon",
+            effect=effects.cordon_effect,
+            perform=lambda node, _, who: cordon_node(node=node, cordoned=True, by=who),
+            done="no new worker goes there.",
+        ),
+        Operation(
+            name="uncordon",
+            label="Uncordon",
+            effect=effects.uncordon_effect,
+            perform=lambda node, _, who: cordon_node(node=node, cordoned=False, by=who),
+            done="new workers may go there.",
+        ),
+    )
+    live_list = ("now", "may_get_workers", "live_workers", "memory", "seen")
+    live_form = ("now", "live_workers", "memory", "seen", "events")
     list_filter = ["state", "cordoned"]
     search_fields = ["name", "address"]
     facts = [
-        *("name", "state", "state_reason", "address", "live_workers", "memory", "cores"),
-        *("last_seen_at", "version", "agent_pid", "created_at", "events"),
+        *("name", "now", "state_reason", "address", "live_workers", "memory", "cores"),
+        *("seen", "version", "agent_pid", "created_at", "events"),
     ]
     fields = ["cordoned", "labels", *facts]
     readonly_fields = facts
@@ -45,17 +58,30 @@ class NodeAdmin(DeletesByAction):
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False
 
+    @admin.display(description="state", ordering="state")
+    def now(self, obj: Node) -> str:
+        return cell(obj, "now", badge(obj.state))
+
+    @admin.display(description="new workers", ordering="cordoned")
+    def may_get_workers(self, obj: Node) -> str:
+        return cell(obj, "may_get_workers", badge("stopped", "cordoned") if obj.cordoned else "welcome")
+
     @admin.display(description="live workers", ordering="live")
-    def live_workers(self, obj: Any) -> int:
-        return int(obj.live)
+    def live_workers(self, obj: Any) -> str:
+        return cell(obj, "live_workers", obj.live)
 
     @admin.display(description="free memory")
     def memory(self, obj: Node) -> str:
-        return f"{filesizeformat(obj.memory_free_bytes)} of {filesizeformat(obj.memory_bytes)}"
+        free, whole = filesizeformat(obj.memory_free_bytes), filesizeformat(obj.memory_bytes)
+        return cell(obj, "memory", f"{free} of {whole}")
+
+    @admin.display(description="last seen", ordering="last_seen_at")
+    def seen(self, obj: Node) -> str:
+        return cell(obj, "seen", f"{obj.last_seen_at:%Y-%m-%d %H:%M}" if obj.last_seen_at else "never")
 
     @admin.display(description="timeline")
     def events(self, obj: Node) -> str:
-        return timeline(obj)
+        return cell(obj, "events", timeline(obj))
 
     def save_model(self, request: HttpRequest, obj: Node, form: Any, change: bool) -> None:
         change_node(node=obj, by=by(request))
@@ -65,17 +91,22 @@ class NodeAdmin(DeletesByAction):
 
 
 @admin.register(ModelCopy)
-class ModelCopyAdmin(ReadOnlyAdmin):
-    list_display = ["language_model", "node", "state", "progress", "size", "updated_at", "detail"]
+class ModelCopyAdmin(LivePages, ReadOnlyAdmin):
+    list_display = ["language_model", "node", "now", "progress", "size", "updated_at", "detail"]
+    live_list = ("now", "progress", "size")
     list_select_related = ["language_model", "node"]
     list_filter = ["state", "node"]
     search_fields = ["language_model__name", "node__name"]
 
+    @admin.display(description="state", ordering="state")
+    def now(self, obj: ModelCopy) -> str:
+        return cell(obj, "now", badge(obj.state))
+
     @admin.display(description="progress")
     def progress(self, obj: ModelCopy) -> str:
-        share = f" {100 * obj.done // obj.total} %" if obj.total else ""
-        return f"{obj.step}{share}".strip() or "-"
+        share = f"{obj.step} {100 * obj.done // obj.total} %" if obj.total else obj.step
+        return cell(obj, "progress", bar(obj.done, obj.total, share.strip() or "-"))
 
     @admin.display(description="size")
     def size(self, obj: ModelCopy) -> str:
-        return filesizeformat(obj.size_bytes)
+        return cell(obj, "size", filesizeformat(obj.size_bytes))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any, cast
 
 from django.conf import settings
@@ -114,6 +116,16 @@ class Fleet:
     def routes(self) -> Mapping[str, RouteView]:
         """Every enabled route by name."""
         return self._routes
+
+    @property
+    def deployments(self) -> Iterable[DeploymentView]:
+        """Every deployment."""
+        return self._deployments.values()
+
+    @property
+    def states(self) -> Mapping[str, int]:
+        """How many live workers there are in each state."""
+        return Counter(state for _, state in self._live.values())
 
     def route(self, name: str) -> RouteView | None:
         """The enabled route of that name."""
@@ -257,9 +269,7 @@ class Fleet:
             if known is not None and same
             else worker_secret(settings.SECRET_KEY, worker.pk, worker.epoch),
             slots=worker.revision.slots,
-            capabilities=known.worker.capabilities
-            if known is not None and same and known.worker.capabilities == set(worker.capabilities)
-            else frozenset(worker.capabilities),
+            capabilities=_capabilities(tuple(worker.capabilities)),
             running=worker.running,
             waiting=worker.waiting,
             kv_use=worker.kv_use,
@@ -318,6 +328,14 @@ class Fleet:
                 except Exception:
                     # One deaf subscriber must not stop the snapshot for all.
                     logger.exception("event=subscriber_failed a change of %s could not be passed on", kind)
+
+
+@lru_cache(maxsize=256)
+def _capabilities(announced: tuple[str, ...]) -> frozenset[str]:
+    """What a worker can do. One that names no endpoint answers chat, as every OpenAI-like server does."""
+    if any(name.startswith("endpoint:") for name in announced):
+        return frozenset(announced)
+    return frozenset((*announced, "endpoint:chat"))
 
 
 def _read(unknown: frozenset[int], seen: set[int], *, with_structure: bool) -> _Reading:

@@ -46,7 +46,7 @@ class Sampling:
     """How to choose tokens. Checked by the server before it reaches an engine."""
 
     max_tokens: int | None = None
-    """Most tokens to generate; None: what the context leaves."""
+    """Most tokens to generate; None: what the context leaves. 0 only with a prompt."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -58,11 +58,37 @@ class Sampling:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     request_id: str
-    messages: list[dict[str, Any]]
+    messages: list[dict[str, Any]] = field(default_factory=list)
     """As in the OpenAI API, content already checked to be text."""
+    prompt: str | list[int] | None = None
+    """Text, or token ids, to go on from as it stands; then there are no messages."""
+    echo: bool = False
+    """Begin with the prompt's own text: a first delta of no generated token."""
     sampling: Sampling
     extra: dict[str, Any] = field(default_factory=dict)
     """Fields of one engine only (the simulated engine's faults)."""
+
+
+def too_long(context_length: int, tokens: int, request: GenerationRequest) -> BadRequest:
+    """Its prompt leaves no room for an answer. Clients look for these words."""
+    what = "messages" if request.prompt is None else "prompt"
+    return BadRequest(
+        f"This model's maximum context length is {context_length} tokens. However, your {what} resulted in "
+        f"{tokens} tokens. Please reduce the length of the {what}.",
+        param=what,
+        code="context_length_exceeded",
+    )
+
+
+def check_token_ids(prompt: list[int], size: int) -> None:
+    """Raises BadRequest for ids that a vocabulary of this size does not have."""
+    if prompt and (min(prompt) < 0 or max(prompt) >= size):
+        bad = next(token for token in prompt if not 0 <= token < size)
+        raise BadRequest(
+            f"Token id {bad} is out of vocabulary: ids of this model are below {size}.",
+            param="prompt",
+            code="invalid_value",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,23 +115,19 @@ class EngineSpec:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
-class Engine(Protocol):
-    """What the server needs of an engine. One event loop calls it; it may own threads."""
+class Model(Protocol):
+    """What the process around an engine needs of it, whatever it answers. One event loop calls it; it
+    may own threads."""
 
     capabilities: frozenset[str]
-    """Request fields it honours beyond messages, max_tokens and stream."""
+    """Request fields it honours beyond those every engine does, and `endpoint:NAME` for each endpoint
+    that it answers; whole after `load`."""
 
     context_length: int
     """Most tokens of prompt and answer together; known after `load`."""
 
     async def load(self, progress: Callable[[Progress], None]) -> None:
-        """Get ready to generate, reporting progress. Raises LoadError."""
-
-    def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
-        """Yield the answer. Closing the iterator aborts: no further step is spent on it.
-
-        Raises BadRequest at the first step, or EngineError when the engine itself failed.
-        """
+        """Get ready to answer, reporting progress. Raises LoadError."""
 
     def load_report(self) -> Load: ...
 
@@ -113,3 +135,13 @@ class Engine(Protocol):
         """False when the engine can never answer again; the worker then ends and is replaced."""
 
     async def close(self) -> None: ...
+
+
+class Engine(Model, Protocol):
+    """An engine that generates text."""
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
+        """Yield the answer. Closing the iterator aborts: no further step is spent on it.
+
+        Raises BadRequest at the first step, or EngineError when the engine itself failed.
+        """

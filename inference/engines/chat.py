@@ -7,11 +7,14 @@ is always a chunk's last key, without spaces, so that a gateway can cut it off w
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
 from inference.engines.base import BadRequest, GenerationRequest, Sampling
+
+T = TypeVar("T")
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 """Gateways hold clients to less; this only keeps a broken gateway from filling the engine's memory."""
@@ -41,15 +44,12 @@ class StreamOptions(msgspec.Struct):
     """Every chunk carries the usage so far."""
 
 
-class ChatRequest(msgspec.Struct):
-    """The fields this server reads; null means "not given", unknown ones are ignored."""
+class SampledRequest(msgspec.Struct, kw_only=True):
+    """What chat and completions have in common."""
 
-    messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1, max_length=100_000)]
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_completion_tokens: _Tokens | None = None
-    max_tokens: _Tokens | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     top_k: Annotated[int, msgspec.Meta(ge=-1, le=1_000_000)] | None = None
@@ -62,6 +62,14 @@ class ChatRequest(msgspec.Struct):
     repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=10)] | None = None
     min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     logit_bias: dict[str, float] | None = None
+
+
+class ChatRequest(SampledRequest, kw_only=True):
+    """The fields this server reads; null means "not given", unknown ones are ignored."""
+
+    messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1, max_length=100_000)]
+    max_completion_tokens: _Tokens | None = None
+    max_tokens: _Tokens | None = None
     logprobs: bool | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -81,10 +89,15 @@ among its capabilities refuses any other value, because a silently ignored one i
 
 def parse_chat(body: bytes) -> ChatRequest:
     """Read and check a body. Raises BadRequest with the field's name."""
+    return decode(body, _decoder.decode)
+
+
+def decode(body: bytes, decoder: Callable[[bytes], T]) -> T:
+    """The body as `decoder` reads it. Raises BadRequest with the field's name."""
     try:
-        return _decoder.decode(body)
+        return decoder(body)
     except msgspec.ValidationError as error:
-        raise _explain(str(error)) from None
+        raise explain(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise BadRequest("The body is not valid JSON.") from None
 
@@ -95,43 +108,57 @@ _decoder = msgspec.json.Decoder(ChatRequest)
 def to_generation(chat: ChatRequest, request_id: str, capabilities: frozenset[str]) -> GenerationRequest:
     """What the engine is asked. Raises BadRequest for what it cannot honour."""
     _refuse_unsupported(chat)
-    extra: dict[str, Any] = {}
-    for field, neutral in _NEUTRAL.items():
-        value = getattr(chat, field)
-        if value is None or value == neutral:
-            continue
-        if field not in capabilities:
-            raise _unsupported(field)
-        extra[field] = value
-    if chat.seed is not None and "seed" in capabilities:  # elsewhere best effort, as OpenAI describes it
-        extra["seed"] = chat.seed
     return GenerationRequest(
         request_id=request_id,
         messages=[_plain(message, at) for at, message in enumerate(chat.messages)],
-        sampling=Sampling(
-            max_tokens=chat.max_completion_tokens or chat.max_tokens,
-            temperature=1.0 if chat.temperature is None else chat.temperature,
-            top_p=1.0 if chat.top_p is None else chat.top_p,
-            top_k=max(0, chat.top_k or 0),
-            stop=(chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop or ()),
-            ignore_eos=bool(chat.ignore_eos),
-        ),
-        extra=extra,
+        sampling=sampling_of(chat, chat.max_completion_tokens or chat.max_tokens),
+        extra=extra_of(chat, capabilities),
     )
 
 
+def sampling_of(asked: SampledRequest, max_tokens: int | None) -> Sampling:
+    return Sampling(
+        max_tokens=max_tokens,
+        temperature=1.0 if asked.temperature is None else asked.temperature,
+        top_p=1.0 if asked.top_p is None else asked.top_p,
+        top_k=max(0, asked.top_k or 0),
+        stop=(asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ()),
+        ignore_eos=bool(asked.ignore_eos),
+    )
+
+
+def extra_of(asked: SampledRequest, capabilities: frozenset[str]) -> dict[str, Any]:
+    """The fields beyond `Sampling` that ask for something. Raises BadRequest for those that the engine
+    does not have."""
+    extra: dict[str, Any] = {}
+    for field, neutral in _NEUTRAL.items():
+        value = getattr(asked, field)
+        if value is None or value == neutral:
+            continue
+        if field not in capabilities:
+            raise unsupported(field)
+        extra[field] = value
+    if asked.seed is not None and "seed" in capabilities:  # elsewhere best effort, as OpenAI describes it
+        extra["seed"] = asked.seed
+    return extra
+
+
+def refuse_several(asked: SampledRequest) -> None:
+    if asked.n not in (None, 1):
+        raise unsupported("n")
+
+
 def _refuse_unsupported(chat: ChatRequest) -> None:
-    if chat.n not in (None, 1):
-        raise _unsupported("n")
+    refuse_several(chat)
     if chat.logprobs:
-        raise _unsupported("logprobs")
+        raise unsupported("logprobs")
     if chat.tools and chat.tool_choice != "none":
-        raise _unsupported("tools")
+        raise unsupported("tools")
     if chat.response_format is not None and chat.response_format.get("type", "text") != "text":
-        raise _unsupported("response_format")
+        raise unsupported("response_format")
 
 
-def _unsupported(field: str) -> BadRequest:
+def unsupported(field: str) -> BadRequest:
     return BadRequest(f"This model does not support '{field}'.", param=field, code="unsupported_parameter")
 
 
@@ -161,7 +188,7 @@ _MISSING = re.compile(r"^Object missing required field `([^`]+)`(?: - at `\$\.?(
 _LOCATED = re.compile(r"^(.*?)(?: - at `\$\.?(.*)`)?$", re.DOTALL)
 
 
-def _explain(problem: str) -> BadRequest:
+def explain(problem: str) -> BadRequest:
     if missing := _MISSING.match(problem):
         field = f"{missing[2]}.{missing[1]}" if missing[2] else missing[1]
         return BadRequest(
@@ -226,10 +253,10 @@ class ChunkWriter:
         return last + DONE
 
     def _tail(self, prompt_tokens: int, completion_tokens: int) -> bytes:
-        return _usage_tail(prompt_tokens, completion_tokens) if self._continuous else self._no_usage
+        return usage_tail(prompt_tokens, completion_tokens) if self._continuous else self._no_usage
 
 
-def _usage_tail(prompt_tokens: int, completion_tokens: int) -> bytes:
+def usage_tail(prompt_tokens: int, completion_tokens: int) -> bytes:
     return b',"usage":{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}}\n\n' % (
         prompt_tokens,
         completion_tokens,

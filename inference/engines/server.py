@@ -24,12 +24,12 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
 from inference.engines import create_engine
-from inference.engines.base import Engine, EngineSpec, LoadError
+from inference.engines.base import Engine, EngineSpec, LoadError, Model
 from inference.protocol import Cause, Message, Progress
 from inference.worker.guard import Guard
 from inference.worker.spec import (
@@ -43,7 +43,7 @@ from inference.worker.spec import (
 )
 
 if TYPE_CHECKING:
-    from inference.engines.app import EngineApp
+    from inference.engines.http import WorkerApp
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class _Control:
             with contextlib.suppress(ConnectionError):
                 await self._writer.drain()
 
-    async def obey(self, app: EngineApp) -> None:
+    async def obey(self, app: WorkerApp) -> None:
         """Carry out orders until the supervisor is gone."""
         if self._reader is None:
             await asyncio.Event().wait()
@@ -113,11 +113,21 @@ async def _run(spec: EngineProcessSpec, listener: socket.socket, control_fd: int
         return EXIT_UNLOADED
 
 
-async def _serve(engine: Engine, spec: EngineProcessSpec, listener: socket.socket, control: _Control) -> int:
+def _app_for(engine: Model, spec: EngineProcessSpec) -> WorkerApp:
+    """The HTTP face that fits what the engine does."""
+    if spec.engine == "embedding":
+        from inference.engines.embedding.app import EmbeddingApp
+        from inference.engines.embedding.engine import EmbeddingEngine
+
+        return EmbeddingApp(cast(EmbeddingEngine, engine), slots=spec.slots, served_name=spec.served_name)
+    from inference.engines.app import EngineApp
+
+    return EngineApp(cast(Engine, engine), slots=spec.slots, served_name=spec.served_name)
+
+
+async def _serve(engine: Model, spec: EngineProcessSpec, listener: socket.socket, control: _Control) -> int:
     # Imported here so that a wrong engine name or argument is told in a quarter of the time.
     import uvicorn
-
-    from inference.engines.app import EngineApp
 
     class Server(uvicorn.Server):
         """Leaves the signals to us: uvicorn would raise them again and skip the engine's close."""
@@ -126,7 +136,7 @@ async def _serve(engine: Engine, spec: EngineProcessSpec, listener: socket.socke
         def capture_signals(self) -> Iterator[None]:
             yield
 
-    app = EngineApp(engine, slots=spec.slots, served_name=spec.served_name)
+    app = _app_for(engine, spec)
     server = Server(
         uvicorn.Config(
             Guard(app.asgi),
@@ -165,7 +175,7 @@ async def _serve(engine: Engine, spec: EngineProcessSpec, listener: socket.socke
 
 
 async def _load_and_watch(
-    engine: Engine, app: EngineApp, control: _Control, loop: asyncio.AbstractEventLoop
+    engine: Model, app: WorkerApp, control: _Control, loop: asyncio.AbstractEventLoop
 ) -> int:
     def progress(step: Progress) -> None:
         # Engines load in threads of their own and report from there.

@@ -3,9 +3,10 @@
 It is what tests, demonstrations, drills and the benchmark run on; everything around it is the same
 as around a real engine.
 
-A token is one word. `prompt_tokens` is the number of whitespace-separated words in all messages, at
-least 1. The answer depends on the messages alone: sampling fields are accepted and change nothing,
-except `max_tokens`, `stop` and `ignore_eos`, which are honoured.
+A token is one word; a token id of a prompt is one of 32768, and each means a word. `prompt_tokens` is
+the number of whitespace-separated words in all messages, or in the prompt, at least 1. The answer
+depends on these alone: sampling fields are accepted and change nothing, except `max_tokens`, `stop`
+and `ignore_eos`, which are honoured.
 
 Deployment arguments (`SimulatedArguments`):
 
@@ -17,7 +18,8 @@ Deployment arguments (`SimulatedArguments`):
     context_length      most tokens of prompt and answer together, 8192
     fail_load           a cause ("out_of_memory", "missing_file", …): loading fails with it
 
-A last user message that begins with `!` is a list of commands. N is how many tokens are given first:
+A last user message, or a prompt, that begins with `!` is a list of commands. N is how many tokens are
+given first:
 
     !tokens N     answer with N tokens
     !slow S       S seconds per token
@@ -49,7 +51,15 @@ from typing import Annotated, Any
 
 import msgspec
 
-from inference.engines.base import BadRequest, Delta, EngineError, EngineSpec, GenerationRequest, LoadError
+from inference.engines.base import (
+    Delta,
+    EngineError,
+    EngineSpec,
+    GenerationRequest,
+    LoadError,
+    check_token_ids,
+    too_long,
+)
 from inference.engines.stops import StopStrings
 from inference.protocol import Cause, Load, Progress
 
@@ -73,6 +83,8 @@ _GARBAGE = (
     ',"usage":{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}}',
     "x" * 100_000,
 )
+
+VOCABULARY_SIZE = 32768
 
 _LOAD_STEPS = 20
 _CRASH_EXIT = 13
@@ -121,6 +133,8 @@ class SimulatedEngine:
             "seed",
             "frequency_penalty",
             "presence_penalty",
+            "endpoint:chat",
+            "endpoint:completions",
         }
     )
 
@@ -158,28 +172,35 @@ class SimulatedEngine:
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
         if not self._healthy:
             raise EngineError("The engine has failed and answers no more.")
-        prompt = max(1, sum(len(str(message.get("content") or "").split()) for message in request.messages))
+        text = None if request.prompt is None else _text_of(request.prompt)
+        messages = request.messages if text is None else [{"role": "user", "content": text}]
+        prompt = max(1, sum(len(str(message.get("content") or "").split()) for message in messages))
         room = self.context_length - prompt
         if room < 1:
-            raise BadRequest(
-                f"This model's maximum context length is {self.context_length} tokens. However, your "
-                f"messages resulted in {prompt} tokens. Please reduce the length of the messages.",
-                param="messages",
-                code="context_length_exceeded",
+            raise too_long(self.context_length, prompt, request)
+        if text is not None and (request.echo or request.sampling.max_tokens == 0):
+            ended = "length" if request.sampling.max_tokens == 0 else None
+            yield Delta(
+                text=text if request.echo else "",
+                prompt_tokens=prompt,
+                completion_tokens=0,
+                finish_reason=ended,
             )
+            if ended is not None:
+                return
         self._running += 1
         try:
-            async with contextlib.aclosing(self._answer(request, prompt, room)) as answer:
+            async with contextlib.aclosing(self._answer(request, messages, prompt, room)) as answer:
                 async for delta in answer:
                     yield delta
         finally:
             self._running -= 1
 
     async def _answer(
-        self, request: GenerationRequest, prompt: int, room: int
+        self, request: GenerationRequest, messages: list[dict[str, Any]], prompt: int, room: int
     ) -> AsyncGenerator[Delta, None]:
-        script = _read_script(request.messages)
-        words, natural = self._words(request.messages, script)
+        script = _read_script(messages)
+        words, natural = self._words(messages, script)
         limit = min(room, request.sampling.max_tokens or room)
         if request.sampling.ignore_eos:
             natural = limit
@@ -254,6 +275,13 @@ class SimulatedEngine:
 
     async def close(self) -> None:
         """Nothing to give back."""
+
+
+def _text_of(prompt: str | list[int]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    check_token_ids(prompt, VOCABULARY_SIZE)
+    return " ".join(_WORDS[token % len(_WORDS)] for token in prompt)
 
 
 def _lorem(messages: list[dict[str, Any]]) -> Iterator[str]:

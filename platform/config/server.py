@@ -13,6 +13,18 @@ from uvicorn.server import Server
 
 from inference.http import error_payload
 from openai_api import limits
+from webchat import bounds
+
+WEBSOCKETS: dict[str, Any] = {
+    "ws": "websockets-sansio",
+    "ws_max_size": bounds.FRAME_BYTES,
+    "ws_ping_interval": 20.0,
+    # A page that does not answer for this long is gone.
+    "ws_ping_timeout": 30.0,
+    # Frames of a few words gain nothing, and each connection would hold two compressors.
+    "ws_per_message_deflate": False,
+}
+"""uvicorn's options for the chat's socket."""
 
 SWEEP_TICKS = 10
 """Of a tenth of a second: connections are looked at once a second, so the limits are exact to a second."""

@@ -238,6 +238,19 @@ class Up:
                 raise CannotStart(f"No answer within {timeout:.0f} s. Last seen: {line}")
             time.sleep(REPORT_SECONDS)
 
+    def embedding_line(self, credentials: Credentials) -> str | None:
+        """How far the embedding model is; nobody waits for it. None where there is none (any more)."""
+        deployment = Deployment.objects.filter(name=credentials.embedding_model, replicas__gt=0).first()
+        if deployment is None:
+            return None
+        status = read_statuses([deployment])[deployment.pk]
+        match status.state:
+            case DeploymentState.READY | DeploymentState.DEGRADED:
+                return f"{deployment.name} answers at {credentials.base_url}/embeddings."
+            case DeploymentState.FAILED:
+                return self._failure(deployment, f"{status.reason} {status.next_action}")
+        return f"{self._progress(deployment)}; embeddings will be there in a moment."
+
     def _progress(self, deployment: Deployment) -> str:
         name = deployment.name
         worker = Worker.objects.live().filter(deployment=deployment).order_by("-id").first()

@@ -3,7 +3,16 @@
 from django.contrib import admin
 from django.urls import include, path
 
+from inference.admin.dashboard import dashboard_view
+from openai_api.pages import docs
+from registry.usage_pages import all_usage
+
 urlpatterns = [
+    path("admin/dashboard/", dashboard_view, name="console-dashboard"),
+    path("admin/usage/", admin.site.admin_view(all_usage), name="admin_usage"),
     path("admin/", admin.site.urls),
+    path("docs/", docs, name="api-docs"),
+    path("", include("registry.urls")),
     path("", include("openai_api.urls")),
+    path("", include("webchat.urls")),
 ]

@@ -9,7 +9,7 @@ from django.db.models import Max
 
 from registry.actions.events import publish_change, record_event
 from registry.errors import StillInUse
-from registry.models import Deployment, DeploymentRevision, LanguageModel, Route, RouteTarget
+from registry.models import Deployment, DeploymentRevision, Event, LanguageModel, Route, RouteTarget
 from registry.querysets import database_now
 
 
@@ -26,10 +26,7 @@ def save_deployment(*, deployment: Deployment, by: str) -> Deployment:
     started_from = _started_from(deployment)
     current = deployment.revision
     if current is None or any(getattr(current, field) != value for field, value in started_from.items()):
-        last = deployment.revisions.aggregate(last=Max("number"))["last"] or 0
-        deployment.revision = DeploymentRevision.objects.create(
-            deployment=deployment, number=last + 1, created_by=by, **started_from
-        )
+        deployment.revision = _new_revision(deployment, by)
         deployment.save(update_fields=["revision"])
     record_event(
         deployment,
@@ -55,6 +52,13 @@ def _started_from(deployment: Deployment) -> dict[str, Any]:
         "environment": deployment.environment,
         "slots": deployment.slots,
     }
+
+
+def _new_revision(deployment: Deployment, by: str) -> DeploymentRevision:
+    last = deployment.revisions.aggregate(last=Max("number"))["last"] or 0
+    return DeploymentRevision.objects.create(
+        deployment=deployment, number=last + 1, created_by=by, **_started_from(deployment)
+    )
 
 
 @transaction.atomic
@@ -87,6 +91,36 @@ def scale_deployment(*, deployment: Deployment, replicas: int, by: str) -> None:
     Deployment.objects.filter(pk=deployment.pk).update(replicas=replicas, wish_changed_at=database_now())
     record_event(deployment, "scaled", reason=f"to {replicas} replicas", by=by, data={"replicas": replicas})
     publish_change("deployment", str(deployment.pk))
+
+
+def replicas_before_stop(deployment: Deployment) -> int:
+    """How many replicas were last wished for before 0; 1 when the timeline does not tell."""
+    timeline = Event.objects.filter(kind="deployment", object_id=deployment.pk)[:50]
+    for event in timeline:
+        replicas = event.data.get("replicas") if isinstance(event.data, dict) else None
+        if isinstance(replicas, int) and replicas > 0:
+            return replicas
+    return 1
+
+
+@transaction.atomic
+def restart_deployment(*, deployment: Deployment, by: str) -> None:
+    """Replace its workers one by one by new ones of the same wish; one that gave up starts again.
+
+    The wish becomes a new revision, like the last but for its number: reconcile needs to know no more.
+    """
+    held = Deployment.objects.select_for_update().get(pk=deployment.pk)
+    held.revision = _new_revision(held, by)
+    held.wish_changed_at = database_now()
+    held.save(update_fields=["revision", "wish_changed_at"])
+    record_event(
+        held,
+        "restarted",
+        reason="its workers are replaced one by one",
+        by=by,
+        data={"replicas": held.replicas, "revision": held.revision.number},
+    )
+    publish_change("deployment", str(held.pk))
 
 
 @transaction.atomic

@@ -62,6 +62,13 @@ def change_node(*, node: Node, by: str) -> None:
 
 
 @transaction.atomic
+def cordon_node(*, node: Node, cordoned: bool, by: str) -> None:
+    """Let a node get no new worker, or get them again. Nothing that runs there is touched."""
+    if Node.objects.filter(pk=node.pk).exclude(cordoned=cordoned).update(cordoned=cordoned):
+        record_event(node, "cordoned" if cordoned else "uncordoned", by=by)
+
+
+@transaction.atomic
 def delete_node(*, node: Node, by: str) -> None:
     """Forget a node and its ended workers; its secret ends. Raises StillInUse."""
     live = Worker.objects.live().filter(node=node).count()

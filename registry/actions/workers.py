@@ -97,6 +97,20 @@ def move_worker(
     publish_change("worker", str(worker.pk))
 
 
+def retire_worker(*, worker: Worker, by: str) -> None:
+    """Let a worker finish its requests and end; reconcile then starts another in its place.
+
+    One that serves nothing (not taken up yet, or lost) ends at once. Raises InvalidTransition.
+    """
+    idle = (WorkerState.REQUESTED, WorkerState.LOST)
+    reason = "replaced on request"
+    if worker.state in idle:
+        facts = {"cause": "stopped"}
+        move_worker(worker=worker, to=WorkerState.STOPPED, reason=reason, by=by, facts=facts, only_from=idle)
+    else:
+        move_worker(worker=worker, to=WorkerState.DRAINING, reason=reason, by=by)
+
+
 @transaction.atomic
 def record_loads(rows: Iterable[Worker], *, fields: list[str]) -> None:
     """Write many workers' beats in one statement. Changes no state; a terminal worker stays as it was."""

@@ -15,6 +15,12 @@ from registry.actions.language_models import (
 from registry.admin.common import DeletesByAction, by, timeline
 from registry.models import LanguageModel
 
+SOURCES = (
+    "An absolute folder on the nodes; hub:ORG/NAME@COMMIT or modelscope:ORG/NAME@COMMIT, with the 40 "
+    "hexadecimal digits of a commit; or package:NAME==VERSION#sha256=HEX, a Python package that carries "
+    "weights."
+)
+
 
 @admin.register(LanguageModel)
 class LanguageModelAdmin(DeletesByAction):
@@ -26,6 +32,9 @@ class LanguageModelAdmin(DeletesByAction):
         always = ["context_length", "created_at", "events"]
         # Routes, ledgers and caches know it by its name.
         return always if obj is None else ["name", *always]
+
+    def get_form(self, request: HttpRequest, obj: Any = None, change: bool = False, **kwargs: Any) -> Any:
+        return super().get_form(request, obj, change, help_texts={"source": SOURCES}, **kwargs)
 
     @admin.display(description="timeline")
     def events(self, obj: LanguageModel) -> str:

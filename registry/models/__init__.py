@@ -6,6 +6,7 @@ from registry.models.event import Change, Event
 from registry.models.gateway import Gateway
 from registry.models.language_model import LanguageModel, ModelCopy
 from registry.models.node import JoinToken, Node
+from registry.models.rollup import UsageHour, UsageRollup
 from registry.models.route import Route, RouteTarget
 from registry.models.usage import UsageEvent
 from registry.models.worker import Worker
@@ -25,5 +26,7 @@ __all__ = [
     "Route",
     "RouteTarget",
     "UsageEvent",
+    "UsageHour",
+    "UsageRollup",
     "Worker",
 ]

@@ -24,7 +24,7 @@ from django.db import connection
 from openai import AsyncOpenAI
 
 from config.front import Front, make_application
-from config.server import GatewayProtocol, GatewayServer
+from config.server import WEBSOCKETS, GatewayProtocol, GatewayServer
 from registry.actions.events import publish_change
 from registry.keys import worker_secret
 from registry.models import UsageEvent
@@ -33,7 +33,8 @@ from tests.factories import make_api_key, make_deployment, make_worker
 ROOT = Path(__file__).resolve().parents[2]
 WORKER_ID = 7001
 ROUTE = "org/sim"
-CAPABILITIES = ["temperature", "top_p", "top_k", "stop", "ignore_eos", "seed"]
+FIELDS = ["temperature", "top_p", "top_k", "stop", "ignore_eos", "seed"]
+CAPABILITIES = [*FIELDS, "endpoint:chat", "endpoint:completions"]
 
 
 def eventually(question: Callable[[], Any], what: str, *, seconds: float = 10.0, every: float = 0.02) -> Any:
@@ -203,7 +204,7 @@ def serving(front: Front) -> Iterator[int]:
         front,
         loop="uvloop",
         http=GatewayProtocol,
-        ws="none",
+        **WEBSOCKETS,
         lifespan="on",
         log_config=None,
         access_log=False,

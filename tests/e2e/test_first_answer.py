@@ -30,7 +30,7 @@ def test_the_password_is_printed_once_and_kept_for_the_owner_only(roundhouse: Ro
     assert roundhouse.output.count(facts["admin_password"]) == 1
     assert facts["base_url"].endswith("/v1")
     assert facts["chat_model"] == "smollm2-135m-instruct"
-    assert facts["embedding_model"] is None
+    assert facts["embedding_model"] == "all-minilm-l6-v2"
     assert {"chat_url", "admin_url", "admin_username", "api_key"} <= facts.keys()
     for log in roundhouse.data.glob("log/*.log"):
         text = log.read_text(errors="replace")

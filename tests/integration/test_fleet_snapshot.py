@@ -58,7 +58,7 @@ async def test_a_route_leads_to_ready_workers_with_all_that_a_request_needs(flee
     [ready] = view.workers
     assert (ready.id, ready.epoch, ready.url) == (worker.pk, 1, "http://127.0.0.1:4000")
     assert ready.secret == worker_secret(settings.SECRET_KEY, worker.pk, 1)
-    assert (ready.slots, ready.capabilities, ready.speed) == (7, frozenset({"seed"}), 12.5)
+    assert (ready.slots, ready.capabilities, ready.speed) == (7, frozenset({"seed", "endpoint:chat"}), 12.5)
     assert fleet.tallies[ready.id].load == 3
     assert fleet.route("unknown") is None
 

@@ -152,7 +152,10 @@ def test_gateways_killed_at_any_moment_lose_nothing_and_count_nothing_twice(tmp_
     # What the victims' own ledger accepted before they died; of a torn line nothing was.
     for line in (tmp_path / "ledger").read_bytes().splitlines():
         if line.endswith(b"]"):
-            record_usage([UsageEvent(**row) for row in json.loads(line)])
+            rows = json.loads(line)
+            for row in rows:
+                row["started_at"] = datetime.fromisoformat(row["started_at"])
+            record_usage([UsageEvent(**row) for row in rows])
     brought = UsageEvent.objects.count()
     recover_all(tmp_path / "spool")
     recover_all(tmp_path / "spool")

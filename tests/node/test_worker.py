@@ -269,6 +269,15 @@ async def test_a_killed_engine_is_reported_within_a_second(start: Start, gateway
         await worker.load()
 
 
+async def test_a_live_worker_tells_its_last_log_lines_now_and_then(start: Start, gateway: Gateway) -> None:
+    await start()
+    await until(lambda: any(beat.log_tail for _, beat in gateway.beats), "a beat brings log lines")
+    seen = len(gateway.beats)
+    await until(lambda: len(gateway.beats) >= seen + 4, "more beats come")
+    talkative = [at for at, beat in gateway.beats if beat.log_tail]
+    assert all(later - earlier >= 5 for earlier, later in pairwise(talkative)), "not with every beat"
+
+
 @pytest.mark.parametrize(
     ("command", "cause", "exit_code"),
     [("!crash", Cause.CRASHED, 13), ("!oom", Cause.OUT_OF_MEMORY, 1), ("!sick", Cause.CRASHED, 70)],

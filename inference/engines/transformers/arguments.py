@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from inference.engines.base import LoadError
-from inference.protocol import Cause
+from inference.engines import arguments
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "device": ("auto", "cpu", "cuda", "mps"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-}
+CHOICES = {"device": arguments.DEVICES, "dtype": arguments.DTYPES}
 LEAST: dict[str, int] = {
     "context_length": 16,
     "kv_cache_bytes": 1,
@@ -41,19 +37,4 @@ class Arguments:
 
 def read_arguments(given: Mapping[str, Any]) -> Arguments:
     """Check `given`. Raises LoadError(BAD_ARGUMENT) that names the argument."""
-    known = [field.name for field in fields(Arguments)]
-    for name, value in given.items():
-        if name not in known:
-            raise _bad(f"Unknown argument {name!r}. The transformers engine knows: {', '.join(known)}.")
-        if value is None:
-            continue
-        if name in CHOICES:
-            if value not in CHOICES[name]:
-                raise _bad(f"Argument {name!r} must be one of {', '.join(CHOICES[name])}.")
-        elif isinstance(value, bool) or not isinstance(value, int) or value < LEAST[name]:
-            raise _bad(f"Argument {name!r} must be a whole number of at least {LEAST[name]}.")
-    return Arguments(**{name: value for name, value in given.items() if value is not None})
-
-
-def _bad(detail: str) -> LoadError:
-    return LoadError(Cause.BAD_ARGUMENT, detail)
+    return arguments.read(Arguments, given, engine="transformers", choices=CHOICES, least=LEAST)

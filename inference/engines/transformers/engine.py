@@ -16,6 +16,8 @@ from inference.engines.base import (
     GenerationRequest,
     LoadError,
     Sampling,
+    check_token_ids,
+    too_long,
 )
 from inference.engines.stops import StopStrings
 from inference.engines.transformers.arguments import read_arguments
@@ -28,6 +30,9 @@ from inference.protocol import Cause, Load, Progress
 
 logger = logging.getLogger("roundhouse.engine")
 
+_CAPABILITIES = frozenset(
+    {"temperature", "top_p", "top_k", "stop", "ignore_eos", "endpoint:chat", "endpoint:completions"}
+)
 STOP_SECONDS = 4.0
 WARM_UP_TOKENS = 2
 LEAST_TEMPERATURE = 0.01
@@ -41,9 +46,8 @@ class TransformersEngine:
     Creating it checks the arguments (LoadError) and reads nothing.
     """
 
-    capabilities = frozenset({"temperature", "top_p", "top_k", "stop", "ignore_eos"})
-
     def __init__(self, spec: EngineSpec) -> None:
+        self.capabilities = _CAPABILITIES
         self.context_length = 0
         self._spec = spec
         self._arguments = read_arguments(spec.arguments)
@@ -87,6 +91,8 @@ class TransformersEngine:
         loaded, batcher, room = await ready
         self._loaded, self._batcher = loaded, batcher
         self._prompts = Prompts(loaded.tokenizer, self._spec.chat_template)
+        if not self._prompts.can_chat:
+            self.capabilities -= {"endpoint:chat"}
         self.context_length = min(loaded.plan.context_length, room)
         await self._warm_up(batcher)
 
@@ -96,17 +102,27 @@ class TransformersEngine:
         if loaded is None or prompts is None or batcher is None:
             raise EngineError("The engine is not loaded.")
         sampling = request.sampling
-        choice = check_sampling(sampling)
-        prompt = await prompts.encode(request.messages)
+        choice = check_sampling(sampling, least_tokens=1 if request.prompt is None else 0)
+        if request.prompt is None:
+            prompt = await prompts.encode(request.messages)
+        else:
+            prompt = await prompts.encode_text(request.prompt)
+            # The largest id that has a row of weights; beyond it the batching thread would end.
+            check_token_ids(prompt, loaded.model.get_input_embeddings().num_embeddings)
         left = self.context_length - len(prompt)
         if left < 1:
-            raise BadRequest(
-                f"This model's maximum context length is {self.context_length} tokens. "
-                f"However, your messages resulted in {len(prompt)} tokens. "
-                "Please reduce the length of the messages.",
-                param="messages",
-                code="context_length_exceeded",
+            raise too_long(self.context_length, len(prompt), request)
+        nothing_wanted = sampling.max_tokens == 0
+        if request.echo or nothing_wanted:
+            given = request.prompt if isinstance(request.prompt, str) else prompts.text_of(prompt)
+            yield Delta(
+                text=given if request.echo else "",
+                prompt_tokens=len(prompt),
+                completion_tokens=0,
+                finish_reason="length" if nothing_wanted else None,
             )
+            if nothing_wanted:
+                return
         ticket = batcher.submit(
             prompt,
             max_tokens=left if sampling.max_tokens is None else min(sampling.max_tokens, left),
@@ -191,10 +207,11 @@ class _Answer:
         )
 
 
-def check_sampling(sampling: Sampling) -> Choice:
+def check_sampling(sampling: Sampling, *, least_tokens: int = 1) -> Choice:
     """Check every value once more, whoever calls: the batching thread must never see a bad one."""
-    if sampling.max_tokens is not None and (not _is_int(sampling.max_tokens) or sampling.max_tokens < 1):
-        raise BadRequest("max_tokens must be at least 1.", param="max_tokens")
+    most = sampling.max_tokens
+    if most is not None and (not _is_int(most) or most < least_tokens):
+        raise BadRequest(f"max_tokens must be at least {least_tokens}.", param="max_tokens")
     temperature = _number(sampling.temperature, "temperature", most=math.inf)
     top_p = _number(sampling.top_p, "top_p", most=1.0)
     if not _is_int(sampling.top_k) or not 0 <= sampling.top_k < 2**31:

@@ -64,14 +64,14 @@ def load(spec: EngineSpec, arguments: Arguments, progress: Callable[[Progress], 
     folder = spec.model_path
     if folder is None:
         raise LoadError(Cause.MISSING_FILE, "The transformers engine needs a model folder.")
-    size = _check_folder(folder)
-    device = _device(arguments.device)
+    size = check_folder(folder)
+    device = choose_device(arguments.device)
     dtype = _dtype(arguments.dtype, device)
     progress(Progress(step="loading weights", done=0, total=size))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise _refusal(error, folder, "The model's tokenizer is missing or damaged.") from error
+        raise refusal(error, folder, "The model's tokenizer is missing or damaged.") from error
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -83,7 +83,7 @@ def load(spec: EngineSpec, arguments: Arguments, progress: Callable[[Progress], 
             output_loading_info=True,
         )
     except Exception as error:
-        raise _refusal(error, folder, "The model's files cannot be understood.") from error
+        raise refusal(error, folder, "The model's files cannot be understood.") from error
     if info["missing_keys"]:
         # transformers fills what is missing with random numbers and goes on.
         raise LoadError(
@@ -166,7 +166,7 @@ def out_of_memory(what: str) -> LoadError:
     )
 
 
-def _check_folder(folder: Path) -> int:
+def check_folder(folder: Path) -> int:
     """Bytes of the weights. Only safetensors count: pickles can carry code."""
     if not folder.is_dir():
         raise LoadError(Cause.MISSING_FILE, "The model's folder is missing.")
@@ -183,7 +183,7 @@ def _check_folder(folder: Path) -> int:
     return sum(path.stat().st_size for path in weights)
 
 
-def _refusal(error: Exception, folder: Path, otherwise: str) -> LoadError:
+def refusal(error: Exception, folder: Path, otherwise: str) -> LoadError:
     """What went wrong, in a sentence without paths; `otherwise` when it is nothing we know."""
     text = str(error).replace(str(folder), "<model>")
     logger.error("The model cannot be loaded: %s: %.300s", type(error).__name__, " ".join(text.split()))
@@ -210,7 +210,7 @@ def _refusal(error: Exception, folder: Path, otherwise: str) -> LoadError:
     return LoadError(Cause.MISSING_FILE, otherwise)
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", 0)

@@ -1,4 +1,4 @@
-"""Messages to token ids, by the model's chat template."""
+"""Messages to token ids, by the model's chat template; plain prompts without it."""
 
 from __future__ import annotations
 
@@ -32,6 +32,27 @@ class Prompts:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         self._thread_tokenizer: Any = None
 
+    @property
+    def can_chat(self) -> bool:
+        return self._template is not None or bool(self._tokenizer.chat_template)
+
+    async def encode_text(self, prompt: str | list[int]) -> list[int]:
+        """A prompt as it stands, with the special tokens that the tokenizer puts around any text. Raises
+        BadRequest for one without a single token."""
+        if isinstance(prompt, str):
+            if len(prompt) <= INLINE_CHARACTERS:
+                prompt = self._encode_text(self._tokenizer, prompt)
+            else:
+                loop = asyncio.get_running_loop()
+                prompt = await loop.run_in_executor(self._thread, self._encode_text_in_thread, prompt)
+        if not prompt:
+            raise BadRequest("The prompt has no tokens.", param="prompt", code="invalid_value")
+        return prompt
+
+    def text_of(self, prompt: list[int]) -> str:
+        text: str = self._tokenizer.decode(prompt, skip_special_tokens=True)
+        return text
+
     async def encode(self, messages: list[dict[str, Any]]) -> list[int]:
         """Raises BadRequest when the messages cannot be rendered."""
         plain = [_plain(message, at) for at, message in enumerate(messages)]
@@ -44,12 +65,22 @@ class Prompts:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _encode_in_thread(self, messages: list[dict[str, Any]]) -> list[int]:
+        return self._encode(self._tokenizer_of_thread(), messages)
+
+    def _encode_text_in_thread(self, prompt: str) -> list[int]:
+        return self._encode_text(self._tokenizer_of_thread(), prompt)
+
+    def _tokenizer_of_thread(self) -> Any:
         if self._thread_tokenizer is None:
             self._thread_tokenizer = copy.deepcopy(self._tokenizer)
-        return self._encode(self._thread_tokenizer, messages)
+        return self._thread_tokenizer
+
+    def _encode_text(self, tokenizer: Any, prompt: str) -> list[int]:
+        ids: list[int] = tokenizer(prompt, split_special_tokens=False)["input_ids"]
+        return ids
 
     def _encode(self, tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
-        if self._template is None and not tokenizer.chat_template:
+        if not self.can_chat:
             raise BadRequest(
                 "This model has no chat template, so it cannot answer messages.", param="messages"
             )

@@ -96,12 +96,22 @@ STATIC_ROOT = ENV.data / "static"
 WHITENOISE_USE_FINDERS = True
 WHITENOISE_AUTOREFRESH = False
 
+LOGIN_URL = "/login/"
+LOGIN_REDIRECT_URL = "/chat/"
+LOGOUT_REDIRECT_URL = "/login/"
 SESSION_COOKIE_HTTPONLY = True
 SESSION_COOKIE_SAMESITE = "Lax"
 CSRF_COOKIE_SAMESITE = "Lax"
 X_FRAME_OPTIONS = "DENY"
 SECURE_REFERRER_POLICY = "same-origin"
 SECURE_CONTENT_TYPE_NOSNIFF = True
+if ENV.https:
+    # A proxy ends TLS before us: cookies only over it, and its word on the scheme is taken.
+    SESSION_COOKIE_SECURE = True
+    CSRF_COOKIE_SECURE = True
+    SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
+    SECURE_HSTS_SECONDS = 30 * 24 * 3600
+    CSRF_TRUSTED_ORIGINS = [f"https://{host}" for host in ENV.allowed_hosts]
 
 REST_FRAMEWORK = {
     "DEFAULT_AUTHENTICATION_CLASSES": ["openai_api.auth.ApiKeyAuthentication"],
@@ -123,6 +133,7 @@ ROUNDHOUSE_CACHE = ENV.cache
 ROUNDHOUSE_REDIS_URL = ENV.redis_url
 ROUNDHOUSE_KEY_PEPPERS = ENV.key_peppers
 ROUNDHOUSE_CORS_ORIGINS = ENV.cors_origins
+ROUNDHOUSE_METRICS_TOKEN = ENV.metrics_token
 
 # -- Celery: control's queue, and the nudges it sends to the agents' queues.
 CELERY_BROKER_URL = celery_broker(ENV.redis_url)
@@ -154,13 +165,18 @@ CELERY_BEAT_SCHEDULE = {
     "tick": {"task": "inference.tick", "schedule": 1.0, "options": {"expires": 2}},
     "recover_spools": {"task": "inference.recover_spools", "schedule": 10.0, "options": {"expires": 10}},
     "housekeeping": {"task": "inference.housekeeping", "schedule": 60.0, "options": {"expires": 60}},
+    "roll_up_usage": {"task": "inference.roll_up_usage", "schedule": 60.0, "options": {"expires": 60}},
+    "audit_usage": {"task": "inference.audit_usage", "schedule": 6 * 3600.0, "options": {"expires": 3600}},
 }
 
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
-    "formatters": {"line": {"()": "config.logs.LineFormatter"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "formatters": {
+        "line": {"()": "config.logs.LineFormatter"},
+        "json": {"()": "config.logs.JsonFormatter"},
+    },
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": ENV.log_format}},
     "root": {"handlers": ["stderr"], "level": "WARNING"},
     "loggers": {
         "roundhouse": {"level": ENV.log_level},

@@ -14,7 +14,7 @@ import uvicorn
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
 
-from config.server import GatewayProtocol, GatewayServer
+from config.server import WEBSOCKETS, GatewayProtocol, GatewayServer
 
 BACKLOG = 2048
 DRAIN_SECONDS = 60
@@ -37,7 +37,7 @@ class Command(BaseCommand):
             application,
             loop="uvloop",
             http=GatewayProtocol,
-            ws="none",
+            **WEBSOCKETS,
             lifespan="on",
             log_config=None,
             access_log=False,

@@ -59,6 +59,8 @@ class Command(BaseCommand):
                 try:
                     credentials, is_new = up.start()
                     up.wait_until_answering(credentials, timeout)
+                    if (line := up.embedding_line(credentials)) is not None:
+                        tell(line)
                     for line in _welcome(credentials, is_new):
                         tell(line)
                     if report is not None:

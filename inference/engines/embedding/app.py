@@ -1,0 +1,118 @@
+"""The HTTP face of the embedding engine.
+
+POST /v1/embeddings   POST /v1/rerank   and what every engine has (inference.engines.http)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Awaitable, Callable
+
+from starlette.types import Receive, Scope, Send
+
+from inference.engines.base import BadRequest, EngineError
+from inference.engines.embedding.engine import EmbeddingEngine
+from inference.engines.embedding.requests import (
+    EmbeddingsRequest,
+    RerankRequest,
+    documents_of,
+    embeddings_answer,
+    inputs_of,
+    parse,
+    rerank_answer,
+)
+from inference.engines.http import (
+    FAILED,
+    ClientLeft,
+    Refusal,
+    Running,
+    WorkerApp,
+    header,
+    read_body,
+    send_whole,
+)
+
+logger = logging.getLogger(__name__)
+
+INLINE_NUMBERS = 50_000
+"""Larger answers are written in a thread, so that others go on meanwhile."""
+
+
+class EmbeddingApp(WorkerApp):
+    """Serves one `EmbeddingEngine`."""
+
+    def __init__(self, engine: EmbeddingEngine, *, slots: int, served_name: str) -> None:
+        super().__init__(
+            engine,
+            slots=slots,
+            served_name=served_name,
+            answers={"/v1/embeddings": self.embeddings, "/v1/rerank": self.rerank},
+        )
+        self._engine = engine
+
+    async def embeddings(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; returns when the answer is sent or nobody waits for it."""
+        await self._answer(scope, receive, send, self._embed)
+
+    async def rerank(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As `embeddings`."""
+        await self._answer(scope, receive, send, self._rerank)
+
+    async def _embed(self, running: Running, body: bytes) -> bytes:
+        request = parse(body, EmbeddingsRequest)
+        inputs = inputs_of(request)
+        answer = await self._engine.embed(
+            inputs, dimensions=request.dimensions, keep=request.truncate_prompt_tokens
+        )
+        running.prompt_tokens = answer.prompt_tokens
+        model = request.model or self._served_name
+        if answer.rows.size <= INLINE_NUMBERS:
+            return embeddings_answer(request, answer, model)
+        return await asyncio.to_thread(embeddings_answer, request, answer, model)
+
+    async def _rerank(self, running: Running, body: bytes) -> bytes:
+        request = parse(body, RerankRequest)
+        texts = documents_of(request)
+        answer = await self._engine.rerank(request.query, texts, keep=request.truncate_prompt_tokens)
+        running.prompt_tokens = answer.prompt_tokens
+        return rerank_answer(
+            request,
+            texts,
+            answer,
+            model=request.model or self._served_name,
+            request_id=running.request_id,
+        )
+
+    async def _answer(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        answer: Callable[[Running, bytes], Awaitable[bytes]],
+    ) -> None:
+        running = Running(header(scope, b"x-request-id") or uuid.uuid4().hex)
+
+        async def work() -> None:
+            async with self._slots:
+                made = await answer(running, body)
+            await send_whole(send, 200, made, running.request_id)
+
+        try:
+            body = await read_body(receive)
+            self._refuse_unless_serving()
+            async with self._active_while(running):
+                await self._until_left(running, work(), receive)
+        except ClientLeft:
+            return
+        except BadRequest as bad:
+            refusal = Refusal(400, bad.message, kind="invalid_request_error", param=bad.param, code=bad.code)
+        except Refusal as refused:
+            refusal = refused
+        except EngineError:
+            logger.warning("event=request_failed the engine failed a request", exc_info=True)
+            refusal = Refusal(500, FAILED, kind="server_error", code="engine_error")
+        else:
+            return
+        await send_whole(send, refusal.status, refusal.body, running.request_id)

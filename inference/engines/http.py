@@ -1,0 +1,243 @@
+"""What every engine's HTTP face has, whatever it answers: one request from its acceptance to its end.
+
+    GET /v1/models   GET /load   GET /health   POST /abort
+
+A client that leaves ends its work at once; so does `/abort`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from inference.engines.base import Model
+from inference.engines.chat import MAX_BODY_BYTES, error_body
+from inference.protocol import AbortReply, AbortRequest, Load
+
+JSON = "application/json"
+BUSY = "This worker takes no new requests."
+FAILED = "The engine failed to answer this request."
+
+Answer = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Refusal(Exception):
+    """An answer other than 200, decided before the status line."""
+
+    def __init__(
+        self, status: int, message: str, *, kind: str, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = error_body(message, kind=kind, param=param, code=code)
+
+
+class ClientLeft(Exception):
+    """Nobody waits for the answer any more."""
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """One request, from its acceptance until its engine work has ended."""
+
+    request_id: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    aborted: bool = False
+    begun: bool = False
+    """The status line was sent."""
+    task: asyncio.Task[None] | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class WorkerApp:
+    """Serves one engine. `ready` and `accepting` are switched by the process around it.
+
+    `asgi` is the application: the endpoints above, and a POST route for each of `answers`.
+    """
+
+    def __init__(self, engine: Model, *, slots: int, served_name: str, answers: Mapping[str, Answer]) -> None:
+        self.ready = False
+        self.accepting = True
+        self._model = engine
+        self._served_name = served_name
+        self._slots = asyncio.Semaphore(slots)
+        self._active: dict[str, list[Running]] = {}
+        self._numbers = itertools.count(1)
+        self._started = int(time.time())
+        self.asgi = Starlette(
+            routes=[
+                # A class-based endpoint would be called per request; this one is the ASGI application.
+                *(Route(path, _Endpoint(answer), methods=["POST"]) for path, answer in answers.items()),
+                Route("/v1/models", self._models, methods=["GET"]),
+                Route("/load", self._load, methods=["GET"]),
+                Route("/health", self._health, methods=["GET"]),
+                Route("/abort", self._abort, methods=["POST"]),
+            ],
+            exception_handlers={HTTPException: _http_error, 500: _server_error},
+        )
+
+    def load_report(self) -> Load:
+        """The engine's own report; what waits here for a slot counts as waiting."""
+        load = self._model.load_report()
+        active = sum(len(same) for same in self._active.values())
+        return msgspec.structs.replace(load, waiting=max(load.waiting, active - load.running))
+
+    # -- the small endpoints
+
+    async def _models(self, request: Request) -> Response:
+        entry = {
+            "id": self._served_name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "roundhouse",
+            "max_model_len": self._model.context_length if self.ready else None,
+        }
+        return _json({"object": "list", "data": [entry]})
+
+    async def _load(self, request: Request) -> Response:
+        return _json(msgspec.structs.asdict(self.load_report()))
+
+    async def _health(self, request: Request) -> Response:
+        return Response(status_code=200 if self.ready and self._model.healthy() else 503)
+
+    async def _abort(self, request: Request) -> Response:
+        try:
+            wanted = msgspec.json.decode(await request.body(), type=AbortRequest)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            body = error_body("The body must be {'request_id': text}.", kind="invalid_request_error")
+            return Response(body, status_code=400, media_type=JSON)
+        ended = list(self._active.get(wanted.request_id, ()))
+        for running in ended:
+            running.aborted = True
+            if running.task is not None:
+                running.task.cancel()
+        for running in ended:
+            await running.ended.wait()
+        reply = AbortReply(
+            prompt_tokens=sum(running.prompt_tokens for running in ended),
+            completion_tokens=sum(running.completion_tokens for running in ended),
+        )
+        return _json(msgspec.structs.asdict(reply))
+
+    # -- a request's life
+
+    def _refuse_unless_serving(self) -> None:
+        if not self.ready or not self.accepting:
+            raise Refusal(503, BUSY, kind="service_unavailable_error", code="server_is_overloaded")
+
+    @asynccontextmanager
+    async def _active_while(self, running: Running) -> AsyncIterator[None]:
+        self._active.setdefault(running.request_id, []).append(running)
+        try:
+            yield
+        finally:
+            same = self._active[running.request_id]
+            same.remove(running)
+            if not same:
+                del self._active[running.request_id]
+            running.ended.set()
+
+    async def _until_left(
+        self, running: Running, answer: Coroutine[Any, Any, None], receive: Receive
+    ) -> None:
+        """Run `answer` until it is done or the client has gone; then nothing of it is left running."""
+        running.task = asyncio.create_task(answer)
+        leaving = asyncio.create_task(_client_left(receive))
+        try:
+            await asyncio.wait({running.task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            left = not running.task.done()
+        finally:
+            leaving.cancel()
+            running.task.cancel()
+            await asyncio.gather(running.task, leaving, return_exceptions=True)
+        if running.aborted and running.task.cancelled():
+            raise Refusal(499, "The request was aborted.", kind="invalid_request_error", code="aborted")
+        if left:
+            raise ClientLeft
+        running.task.result()
+
+
+class _Endpoint:
+    """A method as an ASGI application: Starlette hands plain functions a Request instead."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._answer(scope, receive, send)
+
+
+async def _client_left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def read_body(receive: Receive) -> bytes:
+    """The whole body. Raises Refusal when it is too large, ClientLeft when it never ends."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        body += message.get("body", b"")
+        if len(body) > MAX_BODY_BYTES:
+            raise Refusal(
+                413, "The body is too large.", kind="invalid_request_error", code="request_too_large"
+            )
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def header(scope: Scope, name: bytes) -> str:
+    return next((value.decode("latin-1")[:128] for key, value in scope["headers"] if key == name), "")
+
+
+async def send_whole(send: Send, status: int, body: bytes, request_id: str) -> None:
+    headers = [
+        (b"content-type", JSON.encode()),
+        (b"content-length", str(len(body)).encode()),
+        (b"x-request-id", request_id.encode("latin-1", "replace")),
+    ]
+    if status == 503:
+        headers.append((b"retry-after", b"1"))
+    if status == 413:
+        headers.append((b"connection", b"close"))  # the rest of the body is never read
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_end(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _json(value: object) -> Response:
+    return Response(msgspec.json.encode(value), media_type=JSON)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    if status == 405:
+        message, code = f"Method {request.method} is not allowed here.", "method_not_supported"
+    else:
+        message, code = f"Invalid URL ({request.method} {request.url.path})", None
+    headers = error.headers if isinstance(error, HTTPException) else None
+    body = error_body(message, kind="invalid_request_error", code=code)
+    return Response(body, status_code=status, media_type=JSON, headers=headers)
+
+
+async def _server_error(request: Request, error: Exception) -> Response:
+    return Response(error_body(FAILED, kind="server_error"), status_code=500, media_type=JSON)

@@ -1,0 +1,94 @@
+"""The endpoints that a worker answers, each described once; `generation` is the path of them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from openai_api.parsing import decode
+from openai_api.protocol import (
+    Call,
+    ChatCompletionRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    RerankRequest,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    path: str
+    """Where clients ask; the ledger's name of it too."""
+    asked: str
+    """Where the worker is asked."""
+    capability: str
+    """What a worker that answers it announces."""
+    request: type[Call]
+    reshape: Callable[[bytes], bytes] | None = None
+    """Makes the client's answer of the worker's; None: they are the same."""
+    needs: frozenset[str] = field(init=False)
+    """The capability, as what a worker must have for a request that asks for nothing else."""
+    _decoder: msgspec.json.Decoder[Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "needs", frozenset({self.capability}))
+        object.__setattr__(self, "_decoder", msgspec.json.Decoder(self.request))
+
+    def parse(self, body: bytes) -> Call:
+        """Read and check a body. Raises InvalidRequest naming the field."""
+        call: Call = decode(body, self._decoder.decode)
+        call.check()
+        return call
+
+
+class _Ranked(msgspec.Struct):
+    index: int
+    relevance_score: float
+
+
+class _Ranking(msgspec.Struct):
+    results: list[_Ranked]
+    id: str = ""
+
+
+_decode_ranking = msgspec.json.Decoder(_Ranking).decode
+
+
+def as_cohere(answer: bytes) -> bytes:
+    """A ranking in the shape of Cohere's second version. Raises msgspec.DecodeError for what is none."""
+    ranking = _decode_ranking(answer)
+    meta = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
+    return msgspec.json.encode({"id": ranking.id, "results": ranking.results, "meta": meta})
+
+
+CHAT = Endpoint(
+    path="/v1/chat/completions",
+    asked="/v1/chat/completions",
+    capability="endpoint:chat",
+    request=ChatCompletionRequest,
+)
+COMPLETIONS = Endpoint(
+    path="/v1/completions",
+    asked="/v1/completions",
+    capability="endpoint:completions",
+    request=CompletionRequest,
+)
+EMBEDDINGS = Endpoint(
+    path="/v1/embeddings",
+    asked="/v1/embeddings",
+    capability="endpoint:embeddings",
+    request=EmbeddingRequest,
+)
+RERANK = Endpoint(path="/v1/rerank", asked="/v1/rerank", capability="endpoint:rerank", request=RerankRequest)
+RERANK_COHERE = Endpoint(
+    path="/v2/rerank",
+    asked="/v1/rerank",
+    capability="endpoint:rerank",
+    request=RerankRequest,
+    reshape=as_cohere,
+)
+
+ENDPOINTS = (CHAT, COMPLETIONS, EMBEDDINGS, RERANK, RERANK_COHERE)

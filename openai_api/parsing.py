@@ -1,0 +1,154 @@
+"""How bytes become one of the API's objects, and how what is wrong with them is said in OpenAI's words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+
+from openai_api import limits
+from openai_api.errors import InvalidRequest
+
+T = TypeVar("T")
+
+NOT_JSON = (
+    "We could not parse the JSON body of your request. (HINT: This likely means you aren't using your "
+    "HTTP library correctly. The API expects a JSON payload, but what was sent was not valid JSON.)"
+)
+
+
+def decode(body: bytes, decoder: Callable[[bytes], T]) -> T:
+    """Read and bound a body. Raises InvalidRequest naming the field."""
+    try:
+        read = decoder(body)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise InvalidRequest(NOT_JSON) from None
+    except RecursionError:
+        raise _too_deep() from None
+    _check_depth(body)
+    if b"\\u0000" in body:
+        _refuse_nul(_decode_any(body), "")
+    return read
+
+
+_decode_any = msgspec.json.Decoder().decode
+
+
+def unsupported(field: str, model: str) -> InvalidRequest:
+    """This model's engines do not honour `field`."""
+    return InvalidRequest(
+        f"Unsupported value: '{field}' is not supported with the model `{model}`. Leave it out.",
+        param=field,
+        code="unsupported_value",
+    )
+
+
+def missing(param: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter"
+    )
+
+
+def _too_deep() -> InvalidRequest:
+    return InvalidRequest(f"The JSON body is nested deeper than {limits.JSON_DEPTH} levels.")
+
+
+def _check_depth(body: bytes) -> None:
+    """Refuse nesting beyond the bound. `body` is valid JSON. All steps run in C: a body of many small
+    brackets costs milliseconds."""
+    if body.count(b"[") + body.count(b"{") <= limits.JSON_DEPTH:
+        return
+    # Without escaped quotes, every second piece between quotes is inside a string.
+    outside = b"".join(body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+    brackets = outside.translate(_TO_ROUND, _NO_BRACKETS)
+    for _ in range(limits.JSON_DEPTH):
+        # One innermost level less each time.
+        brackets = brackets.replace(b"()", b"")
+        if not brackets:
+            return
+    raise _too_deep()
+
+
+_TO_ROUND = bytes.maketrans(b"[]{}", b"()()")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def _refuse_nul(value: Any, path: str) -> None:
+    """PostgreSQL's text cannot hold NUL, nor does a prompt need one."""
+    if isinstance(value, str):
+        if "\x00" in value:
+            raise InvalidRequest(
+                f"Invalid '{path}': the text has a NUL character.", param=path, code="invalid_value"
+            )
+    elif isinstance(value, list):
+        for at, item in enumerate(value):
+            _refuse_nul(item, f"{path}[{at}]")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if "\x00" in key:
+                raise InvalidRequest(
+                    "A key of the JSON body has a NUL character.", param=path or None, code="invalid_value"
+                )
+            _refuse_nul(item, f"{path}.{key}" if path else key)
+
+
+# -- msgspec's sentences, in OpenAI's words
+
+_LOCATED = re.compile(r"^(?P<said>.*?)(?: - at `(?:key in )?\$\.?(?P<path>.*)`)?$", re.DOTALL)
+_MISSING_FIELD = re.compile(r"^Object missing required field `(.+)`$")
+_WRONG_TYPE = re.compile(r"^Expected `(?P<expected>[^`]+)`, got `(?P<got>[^`]+)`$")
+_RANGE = re.compile(
+    r"^Expected `(?P<type>int|float|str|array|object)`(?P<length> of length)? "
+    r"(?P<sign><=|>=|<|>) (?P<bound>\S+)$"
+)
+_NAMES = {"str": "a string", "int": "an integer", "float": "a decimal", "bool": "a boolean", "null": "null"}
+
+
+def _explain(problem: str) -> InvalidRequest:
+    located = _LOCATED.match(problem)
+    said, path = (located["said"], located["path"] or "") if located else (problem, "")
+    if absent := _MISSING_FIELD.match(said):
+        return missing(f"{path}.{absent[1]}" if path else absent[1])
+    where = f"'{path}'" if path else "the body"
+    if wrong := _WRONG_TYPE.match(said):
+        expected = [
+            _NAMES.get(name, f"an {name}") for name in wrong["expected"].split(" | ") if name != "null"
+        ]
+        got = _NAMES.get(wrong["got"], f"an {wrong['got']}")
+        return InvalidRequest(
+            f"Invalid type for {where}: expected {' or '.join(expected)}, but got {got} instead.",
+            param=path or None,
+            code="invalid_type",
+        )
+    if bound := _RANGE.match(said):
+        return InvalidRequest(
+            f"Invalid {where}: expected {'a length' if bound['length'] else 'a value'} "
+            f"{bound['sign']} {bound['bound']}.",
+            param=path or None,
+            code=_range_code(bound["type"], upper=bound["sign"].startswith("<")),
+        )
+    if said == "Number out of range":
+        return InvalidRequest(
+            f"Invalid {where}: the number is out of range.", param=path or None, code="invalid_value"
+        )
+    return InvalidRequest(
+        f"Invalid value for {where}: {said[:200]}.", param=path or None, code="invalid_value"
+    )
+
+
+def _range_code(kind: str, *, upper: bool) -> str:
+    match kind:
+        case "int":
+            return "integer_above_max_value" if upper else "integer_below_min_value"
+        case "float":
+            return "decimal_above_max_value" if upper else "decimal_below_min_value"
+        case "str":
+            return "string_above_max_length" if upper else "string_below_min_length"
+        case "array":
+            return "array_above_max_length" if upper else "empty_array"
+        case _:
+            return "object_above_max_properties" if upper else "invalid_value"
