@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests import services
@@ -36,19 +37,29 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         postgres = stack.enter_context(services.postgres())
         redis = stack.enter_context(services.shared_redis())
-        if runs.wanted("node"):
-            runs.pytest("node", ["tests/node"], python=node_environment())
-        runs.pytest("engines", ["tests/engines"])
-        runs.pytest("sqlite", WITH_DATABASE)
-        if postgres is None:
-            runs.skip("postgres", "no PostgreSQL answers, and none is installed")
-        else:
+
+        def without_database() -> None:
+            if runs.wanted("node"):
+                runs.pytest("node", ["tests/node"], python=node_environment())
+            runs.pytest("sqlite", WITH_DATABASE)
+
+        def with_postgres() -> None:
+            runs.pytest("engines", ["tests/engines"])
+            if postgres is None:
+                runs.skip("postgres", "no PostgreSQL answers, and none is installed")
+                return
             runs.pytest(
                 "postgres",
                 WITH_DATABASE,
                 DATABASE_URL=postgres,
                 ROUNDHOUSE_TEST_DB=f"roundhouse_test_{os.getpid()}",
             )
+
+        # Most of their time these wait for processes of their own: two at once take little longer.
+        with ThreadPoolExecutor() as lanes:
+            for lane in [lanes.submit(without_database), lanes.submit(with_postgres)]:
+                lane.result()
+        # These judge times and kill processes: nothing runs beside them.
         runs.pytest("e2e-sqlite", ["tests/e2e"])
         if postgres is None or redis is None:
             runs.skip("e2e-postgres", "it needs PostgreSQL and Redis, and one of them is missing")
@@ -75,14 +86,20 @@ class Runs:
     ) -> None:
         if not self.wanted(stage):
             return
-        print(f"\n=== {stage}", flush=True)
+        print(f"... {stage}", flush=True)
         started = time.monotonic()
-        code = subprocess.run(
+        done = subprocess.run(
             [str(python or sys.executable), "-m", "pytest", "-q", *arguments, *self.extra],
             cwd=ROOT,
             env=_without_services() | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             check=False,
-        ).returncode
+        )
+        code = done.returncode
+        # In one piece: stages that run side by side must not mix their lines.
+        print(f"\n=== {stage}\n{done.stdout}", flush=True)
         self.failed |= code != 0
         took = f"{time.monotonic() - started:.0f} s"
         self.results.append(

@@ -17,8 +17,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def slow(roundhouse: Roundhouse) -> str:
     """A simulated model at 50 ms per token."""
-    roundhouse.deploy_simulated("slow", token_seconds=0.05)
-    return "slow"
+    roundhouse.deploy_simulated("streamed", token_seconds=0.05)
+    return "streamed"
 
 
 def test_chunks_arrive_apart_as_they_are_made(roundhouse: Roundhouse, slow: str):
@@ -32,13 +32,13 @@ def test_chunks_arrive_apart_as_they_are_made(roundhouse: Roundhouse, slow: str)
     assert sorted(gaps)[len(gaps) // 10] >= 0.03, gaps
 
 
-@pytest.mark.parametrize("model", ["slow", "smollm2-135m-instruct"])
+@pytest.mark.parametrize("model", ["streamed", "smollm2-135m-instruct"])
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "not streamed"])
 def test_a_client_that_leaves_stops_the_engine_within_a_second(
     roundhouse: Roundhouse, slow: str, model: str, stream: bool
 ):
     address = urlsplit(roundhouse.credentials["base_url"])
-    content = "!tokens 400" if model == "slow" else "Count from 1 to 1000."
+    content = "!tokens 400" if model == "streamed" else "Count from 1 to 1000."
     body = (
         f'{{"model": "{model}", "stream": {str(stream).lower()}, "max_tokens": 1500, '
         f'"messages": [{{"role": "user", "content": "{content}"}}]}}'
