@@ -61,7 +61,7 @@ class Command(BaseCommand):
                     up.wait_until_answering(credentials, timeout)
                     if (line := up.embedding_line(credentials)) is not None:
                         tell(line)
-                    for line in _welcome(credentials, is_new):
+                    for line in _welcome(credentials, is_new, detached=report is not None):
                         tell(line)
                     if report is not None:
                         tell(READY)
@@ -120,17 +120,16 @@ class Command(BaseCommand):
             raise CommandError(f"Roundhouse did not start; its log is {log}.")
 
 
-def _welcome(credentials: Credentials, is_new: bool) -> list[str]:
-    lines = ["", "Roundhouse is running.", ""]
+def _welcome(credentials: Credentials, is_new: bool, *, detached: bool) -> list[str]:
+    lines = ["", "Roundhouse is running.", "", f"  Chat:  {credentials.chat_url}"]
+    lines.append(f"  Admin: {credentials.admin_url}")
     if is_new:
-        lines.append(f"  Admin: {credentials.admin_url}")
         lines.append(f"         user {credentials.admin_username}, password {credentials.admin_password}")
         lines.append("         (shown once; kept in credentials.json in the data folder)")
-    else:
-        lines.append(f"  Admin: {credentials.admin_url}")
     if credentials.chat_model:
         lines += ["  Ask:", "", _curl(credentials)]
-    return [*lines, "", "  Stop it with Ctrl-C here, or with `make down`.", ""]
+    stop = "Stop it with `make down`." if detached else "Stop it with Ctrl-C here, or with `make down`."
+    return [*lines, "", f"  {stop}", ""]
 
 
 def _curl(credentials: Credentials) -> str:
