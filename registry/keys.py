@@ -77,8 +77,8 @@ def digest_key(text: str, pepper: bytes) -> str:
 
 
 def generate_secret() -> str:
-    """A secret for a node or a join token: 256 bits."""
-    return secrets.token_urlsafe(32)
+    """A secret for a node or a join token: 256 bits, and never anything that a shell takes for an option."""
+    return _random(SECRET_LENGTH)
 
 
 def digest_secret(text: str) -> str:

@@ -4,6 +4,7 @@ from registry.keys import (
     KEY_PATTERN,
     digest_key,
     generate_key,
+    generate_secret,
     mask_key,
     public_id_of,
     worker_secret,
@@ -40,6 +41,11 @@ def test_a_masked_key_shows_almost_nothing():
     text = generate_key().text
     assert re.fullmatch(r"sk-..\*\*\*..", mask_key(text))
     assert mask_key("hunter2") == "***"
+
+
+def test_a_join_token_can_be_pasted_behind_an_option():
+    # `--join -abc` is refused by every command line.
+    assert all(generate_secret().isalnum() for _ in range(200))
 
 
 def test_each_epoch_has_a_secret_of_its_own():
