@@ -51,6 +51,15 @@ def test_a_killed_agent_comes_back_and_adopts_its_worker(roundhouse: Roundhouse)
 @pytest.mark.parametrize("victim", ["pid", "engine_pid"], ids=["its supervisor", "its engine"])
 def test_a_killed_worker_is_replaced_and_answers_within_15_seconds(roundhouse: Roundhouse, victim: str):
     model = roundhouse.credentials["chat_model"]
+    # Each case is a first failure: a second one in a row waits 10 s before its restart, as designed.
+    roundhouse.manage(
+        "shell",
+        "-v0",
+        "-c",
+        "from registry.actions.deployments import retry_deployment\n"
+        "from registry.models import Deployment\n"
+        f"retry_deployment(deployment=Deployment.objects.get(name={model!r}), by='test')",
+    )
     before = roundhouse.worker(model)
     os.kill(getattr(before, victim), signal.SIGKILL)
     killed = time.monotonic()
