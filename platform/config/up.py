@@ -41,6 +41,8 @@ GATEWAY_SECONDS = 60.0
 WORKER_GRACE_SECONDS = 20.0
 """How long workers finish requests when everything stops."""
 REPORT_SECONDS = 0.5
+FLEET_SECONDS = 0.75
+"""After this long the gateway knows of a worker that the database calls ready."""
 
 
 class CannotStart(Exception):
@@ -226,8 +228,11 @@ class Up:
                 return
             status = read_statuses([deployment])[deployment.pk]
             serves = status.state in (DeploymentState.READY, DeploymentState.DEGRADED)
-            if serves and self._answers(credentials):
-                return
+            if serves:
+                # The gateway reads the fleet twice a second; asked before, it would count a failed request.
+                time.sleep(FLEET_SECONDS)
+                if self._answers(credentials):
+                    return
             if status.state == DeploymentState.FAILED:
                 raise CannotStart(self._failure(deployment, f"{status.reason} {status.next_action}"))
             line = self._progress(deployment)
