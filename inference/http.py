@@ -118,6 +118,15 @@ class Request:
         return token.strip().decode("latin-1") or None
 
     @property
+    def credential(self) -> str | None:
+        """The API key: a bearer token, or what some clients send instead, `x-api-key` or `api-key`."""
+        bearer = self.bearer
+        if bearer is not None:
+            return bearer
+        given = self.headers.get(b"x-api-key") or self.headers.get(b"api-key") or b""
+        return given.strip().decode("latin-1") or None
+
+    @property
     def unread_bytes(self) -> int | None:
         """How much of the body is still to come: 0 when it was read or there is none, None: nobody knows."""
         if self._body_complete:

@@ -229,7 +229,9 @@ class ApiKeyAuthentication(BaseAuthentication):
     """The same check for DRF. Inside the gateway it asks the gateway's ring; elsewhere the database."""
 
     def authenticate(self, request: DrfRequest) -> tuple[Key, None]:
-        text = bearer_of(request.META.get("HTTP_AUTHORIZATION", ""))
+        sent = request.META
+        text = bearer_of(sent.get("HTTP_AUTHORIZATION", ""))
+        text = text or sent.get("HTTP_X_API_KEY", "").strip() or sent.get("HTTP_API_KEY", "").strip() or None
         gateway = gateway_of(request)
         if gateway is not None and gateway.loop is not None:
             check = gateway.keys.authenticate(text)

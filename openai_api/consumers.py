@@ -21,6 +21,7 @@ class Answers(ApiConsumer):
 
     def __init__(self, gateway: Gateway, endpoint: Endpoint) -> None:
         super().__init__()
+        self._endpoint = endpoint
         self._generation = Generation(gateway, self, endpoint)
 
     async def handle(self, request: Request) -> None:
@@ -28,6 +29,9 @@ class Answers(ApiConsumer):
 
     async def on_client_gone(self) -> None:
         await self._generation.client_left()
+
+    def error_response(self, error: Exception) -> tuple[int, object, list[Header]]:
+        return self._endpoint.errors(error)
 
 
 class OpenApiDocument(ApiConsumer):

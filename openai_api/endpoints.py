@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
+from inference.http import Header
+from openai_api.answered import Answered
+from openai_api.auth import Key
+from openai_api.errors import answer_to
 from openai_api.parsing import decode
 from openai_api.protocol import (
     Call,
@@ -28,7 +32,16 @@ class Endpoint:
     """What a worker that answers it announces."""
     request: type[Call]
     reshape: Callable[[bytes], bytes] | None = None
-    """Makes the client's answer of the worker's; None: they are the same."""
+    """Makes the client's answer of the worker's whole one; None: they are the same."""
+    adapter: Callable[[Answered, Any, Key, str], Answered] | None = None
+    """Given where the answer goes, the call, its key and the request id: what speaks this endpoint's format
+    between the worker and there, whole answers and streams; None: they are the same."""
+    prepare: Callable[[Any, Key], Awaitable[None]] | None = None
+    """Reads what the call refers to (an earlier response), once its key may use its model."""
+    counted: bool = True
+    """Whether an answer tells its usage. One that does not costs no tokens."""
+    errors: Callable[[Exception], tuple[int, dict[str, Any], list[Header]]] = answer_to
+    """How an error is told before the first byte."""
     needs: frozenset[str] = field(init=False)
     """The capability, as what a worker must have for a request that asks for nothing else."""
     _decoder: msgspec.json.Decoder[Any] = field(init=False)

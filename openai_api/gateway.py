@@ -9,6 +9,7 @@ import secrets
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 from inference.beats import BeatBook
 from inference.client import WorkerClient
@@ -21,14 +22,24 @@ from registry.spool import Spool
 
 logger = logging.getLogger("roundhouse.gateway")
 
+KEEP_ALIVE_SECONDS = 10.0
+"""A stream that said nothing for so long gets a comment, at the latest after twice this."""
+
 SETTLE_SECONDS = 5.0
 """How long an ending gateway waits for requests that were cut to write down what they cost."""
+
+
+class KeptAlive(Protocol):
+    """An open stream."""
+
+    async def keep_alive(self) -> None: ...
 
 
 class Gateway:
     """Belongs to the event loop that starts it. `start` may be called by many at once and often."""
 
     def __init__(self, *, data: Path, peppers: Mapping[int, bytes]) -> None:
+        self.keep_alive_seconds = KEEP_ALIVE_SECONDS
         self.name = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
         self.loop: asyncio.AbstractEventLoop | None = None
         """Where it runs; None before the start and after the end."""
@@ -40,6 +51,9 @@ class Gateway:
         self.meter = Meter()
         self.keys = KeyRing(peppers, away_seconds=lambda: self.fleet.database_away_seconds)
         self.fleet.subscribe("api_key", self.keys.forget)
+        self.waiting: set[KeptAlive] = set()
+        """Open streams, told every `KEEP_ALIVE_SECONDS`."""
+        self._ticking: asyncio.Task[None] | None = None
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -91,8 +105,19 @@ class Gateway:
         await self.client.start()
         await self.fleet.start()
         await self.beats.start()
+        self._ticking = asyncio.create_task(self._tick(), name="keep-alive")
         self.started = True
         logger.info("gateway started", extra={"event": "gateway_started", "gateway": self.name})
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self.keep_alive_seconds)
+            for stream in tuple(self.waiting):
+                try:
+                    await stream.keep_alive()
+                except Exception:
+                    # It ended in this moment: its own task tells what there is to tell.
+                    logger.debug("a stream took no comment", exc_info=True)
 
     async def stop(self) -> None:
         """Settle what was cut, bring the ledger's entries in as far as the database takes them, and end."""
@@ -103,6 +128,8 @@ class Gateway:
             await asyncio.wait_for(self._idle.wait(), SETTLE_SECONDS)
         except TimeoutError:
             logger.warning("requests were cut", extra={"event": "requests_cut", "requests": self._active})
+        if self._ticking is not None:
+            self._ticking.cancel()
         await self.beats.stop()
         await self.keys.stop()
         await self.client.close()

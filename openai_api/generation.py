@@ -20,7 +20,7 @@ import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from typing import Annotated, Protocol
+from typing import Annotated
 
 import msgspec
 
@@ -30,7 +30,9 @@ from inference.dispatch.views import RouteView, WorkerView
 from inference.errors import WorkerBroke, WorkerUnreachable
 from inference.http import ClientGone, HttpConsumer, Request
 from openai_api import limits
+from openai_api.answered import Answered
 from openai_api.auth import Key
+from openai_api.dialects import Dialect, dialect_of
 from openai_api.endpoints import CHAT, Endpoint
 from openai_api.errors import (
     ForbiddenModel,
@@ -49,22 +51,6 @@ from registry.states import Outcome
 logger = logging.getLogger("roundhouse.request")
 
 
-class Answered(Protocol):
-    """Where an answer goes: a client's connection, or a conversation in the chat."""
-
-    client_gone: bool
-    """Nobody waits for the answer any more."""
-
-    async def send_json(self, status: int, payload: object) -> None: ...
-
-    async def stream_start(self) -> None: ...
-
-    async def stream_chunk(self, chunk: bytes) -> None:
-        """One server-sent event, with the blank line that ends it."""
-
-    async def stream_end(self, chunk: bytes = b"") -> None: ...
-
-
 class Generation:
     """One request on its way. `run` or `run_as` is called once; `client_left` when the client leaves."""
 
@@ -72,6 +58,10 @@ class Generation:
         self._gateway = gateway
         self._endpoint = endpoint
         self._consumer = consumer
+        self._http: HttpConsumer | None = None
+        self._started = False
+        self._silent_at = (0, 0)
+        self._silent_for = 0
         self._began = time.monotonic()
         self._request_id = ""
         self._key: Key | None = None
@@ -93,8 +83,9 @@ class Generation:
     async def run(self, request: Request, consumer: HttpConsumer) -> None:
         """Answer a client. Raises what it is told by `answer_to`, as long as nothing was sent."""
         self._request_id = request.request_id
+        self._http = consumer
         async with self._settled():
-            self._key = await self._gateway.keys.authenticate(request.bearer)  # 1
+            self._key = await self._gateway.keys.authenticate(request.credential)  # 1
             body = await consumer.read_body(limits.BODY_BYTES)  # 2
             await self._answer(self._key, body)
 
@@ -112,13 +103,26 @@ class Generation:
         fields = call.needs()
         needs = self._endpoint.needs | fields if fields else self._endpoint.needs
         route = self._resolve(key, needs)  # 4, 5
+        if self._endpoint.prepare is not None:
+            await self._endpoint.prepare(call, key)
+        if self._endpoint.adapter is not None:
+            self._consumer = self._endpoint.adapter(self._consumer, call, key, self._request_id)
         self._entry = self._open(key)  # 6
         self._gateway.enter()
         forwarded = call.forwarded(fields)
-        if self._stream:
-            await self._answer_stream(route, needs, forwarded, call)  # 7, 8, 9
-        else:
-            await self._answer_whole(route, needs, forwarded)
+        if not self._stream:
+            await self._answer_whole(route, needs, forwarded)  # 7, 8, 9
+            return
+        if self._http is not None:
+            self._gateway.waiting.add(self)
+        try:
+            await self._answer_stream(route, needs, forwarded, call)
+        except Exception as error:
+            if not self._started or self._consumer.client_gone or isinstance(error, ClientGone):
+                raise
+            # It was told to wait already: the status line is out.
+            self._error = error
+            await self._end_with(error)
 
     @asynccontextmanager
     async def _settled(self) -> AsyncIterator[None]:
@@ -141,6 +145,28 @@ class Generation:
         if self._lease is not None and self._abort is None:
             self._abort = asyncio.create_task(self._tell_worker(self._lease.worker))
             await asyncio.shield(self._abort)
+
+    async def keep_alive(self) -> None:
+        """Called every few seconds (`gateway.KEEP_ALIVE_SECONDS`) while a stream is open. One that said nothing since the last
+        call gets a comment, so that no proxy on the way takes it for dead; it then has begun, and what
+        goes wrong afterwards is told within it."""
+        counted = (self._prompt, self._completion)
+        self._silent_for = self._silent_for + 1 if counted == self._silent_at else 0
+        self._silent_at = counted
+        if not self._silent_for or self._http is None or self._consumer.client_gone:
+            return
+        await self._begin()
+        await self._http.stream_chunk(b": keep-alive\n\n")
+
+    async def _begin(self) -> None:
+        if not self._started:
+            self._started = True
+            self._status = 200
+            await self._consumer.stream_start()
+
+    async def _end_with(self, error: Exception) -> None:
+        payload = msgspec.json.encode(answer_to(error)[1])
+        await self._consumer.stream_end(b"data: " + payload + b"\n\n")
 
     async def _tell_worker(self, worker: WorkerView) -> None:
         reply = await self._gateway.client.abort(worker, self._request_id)
@@ -252,7 +278,9 @@ class Generation:
         """The usage in a whole answer, and the answer for the client. Raises WorkerUnreachable for what
         is no answer."""
         try:
-            usage = _decode_answer(answer).usage
+            if (dialect := dialect_of(worker.engine, self._endpoint.asked)) is not None:
+                answer = dialect.whole(answer)
+            usage = _decode_answer(answer).usage if self._endpoint.counted else _Usage()
             reshape = self._endpoint.reshape
             return usage, answer if reshape is None else reshape(answer)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -276,8 +304,10 @@ class Generation:
                     self._give_up(worker, error)
                 else:
                     self._first_at = time.monotonic()
-                    self._status = 200
-                    await self._consumer.stream_start()
+                    await self._begin()
+                    dialect = dialect_of(worker.engine, asked)
+                    if dialect is not None:
+                        first, events = dialect.event(first), _in_dialect(dialect, events)
                     await self._relay(first, events, shows_usage)
                     return
             avoid |= {worker.id}
@@ -319,8 +349,7 @@ class Generation:
                 broke,
                 extra={"event": "worker_broke", "request_id": self._request_id},
             )
-            payload = msgspec.json.encode(answer_to(broke)[1])
-            await self._consumer.stream_end(b"data: " + payload + b"\n\n")
+            await self._end_with(broke)
             return
         await self._consumer.stream_end(b"data: [DONE]\n\n")
         # The client has all of it; what follows only lets the connection be used again.
@@ -381,6 +410,7 @@ class Generation:
             if self._lease is not None:
                 self._lease.release()
             if self._entry is not None:
+                self._gateway.waiting.discard(self)
                 self._gateway.leave()
                 self._entry.close(self._closed(outcome, status))
             self._gateway.meter.note(
@@ -448,6 +478,11 @@ class Generation:
                 "duration_ms": self._milliseconds(time.monotonic()),
             },
         )
+
+
+async def _in_dialect(dialect: Dialect, events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    async for event in events:
+        yield event if event == DONE else dialect.event(event)
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]

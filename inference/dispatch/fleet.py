@@ -264,6 +264,7 @@ class Fleet:
             node_name=worker.node.name,
             deployment_id=worker.deployment_id,
             deployment_name=self._structure.deployments[worker.deployment_id].name,
+            engine=self._structure.deployments[worker.deployment_id].engine,
             url=worker.url.rstrip("/"),
             secret=known.worker.secret
             if known is not None and same

@@ -15,6 +15,7 @@ class WorkerView:
     node_name: str
     deployment_id: int
     deployment_name: str
+    engine: str
     url: str
     secret: str
     slots: int

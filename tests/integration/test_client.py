@@ -32,6 +32,7 @@ def view(port: int) -> WorkerView:
         node_name="node",
         deployment_id=1,
         deployment_name="deployment",
+        engine="simulated",
         url=f"http://127.0.0.1:{port}",
         secret="the-secret",
         slots=4,

@@ -25,6 +25,7 @@ def worker(worker_id: int, **facts) -> WorkerView:
         "node_name": "node",
         "deployment_id": 1,
         "deployment_name": "deployment",
+        "engine": "simulated",
         "url": "http://127.0.0.1:9",
         "secret": "secret",
         "slots": 1,

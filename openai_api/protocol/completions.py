@@ -1,0 +1,46 @@
+"""`POST /v1/completions`: text in, text out, several prompts in one request."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import msgspec
+
+from openai_api import limits
+from openai_api.parsing import missing
+from openai_api.protocol.call import Optional, TokenId, TokenList, several, too_many
+from openai_api.protocol.sampled import NEUTRAL, Sampled
+
+
+class CompletionRequest(Sampled, kw_only=True):
+    """`POST /v1/completions`"""
+
+    prompt: str | Annotated[list[str | TokenId | TokenList], msgspec.Meta(min_length=1)] | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=0, le=limits.INT64_MAX)] | None = None
+    logprobs: Annotated[int, msgspec.Meta(ge=0, le=limits.TOP_LOGPROBS)] | None = None
+    suffix: str | None = None
+    add_special_tokens: bool | None = None
+
+    optional: ClassVar[Optional] = Optional(
+        {**NEUTRAL, "logprobs": (), "suffix": ("",), "add_special_tokens": (True,)}
+    )
+
+    def check(self) -> None:
+        Sampled.check(self)
+        if self.prompt is None:
+            raise missing("prompt")
+        prompts = several(self.prompt, "prompt")
+        if len(prompts) > limits.PROMPTS:
+            raise too_many("prompt", limits.PROMPTS)
+
+    def forwarded(self, needs: frozenset[str]) -> bytes:
+        body = self._passed_on(needs)
+        body["prompt"] = self.prompt
+        body["max_tokens"] = COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+        if self.echo:
+            body["echo"] = True
+        return msgspec.json.encode(body)
+
+
+COMPLETION_TOKENS = 16
+"""OpenAI's default for `max_tokens` of this endpoint alone; said to engines, which have others."""
