@@ -32,7 +32,7 @@ SETTLE_SECONDS = 5.0
 class KeptAlive(Protocol):
     """An open stream."""
 
-    async def keep_alive(self) -> None: ...
+    def keep_alive(self) -> None: ...
 
 
 class Gateway:
@@ -112,12 +112,8 @@ class Gateway:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(self.keep_alive_seconds)
-            for stream in tuple(self.waiting):
-                try:
-                    await stream.keep_alive()
-                except Exception:
-                    # It ended in this moment: its own task tells what there is to tell.
-                    logger.debug("a stream took no comment", exc_info=True)
+            for stream in self.waiting:
+                stream.keep_alive()
 
     async def stop(self) -> None:
         """Settle what was cut, bring the ledger's entries in as far as the database takes them, and end."""

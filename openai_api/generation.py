@@ -60,8 +60,9 @@ class Generation:
         self._consumer = consumer
         self._http: HttpConsumer | None = None
         self._started = False
-        self._silent_at = (0, 0)
-        self._silent_for = 0
+        self._counted: tuple[int, int] | None = None
+        """What was counted when `keep_alive` was last called."""
+        self._comment: asyncio.Task[None] | None = None
         self._began = time.monotonic()
         self._request_id = ""
         self._key: Key | None = None
@@ -146,17 +147,24 @@ class Generation:
             self._abort = asyncio.create_task(self._tell_worker(self._lease.worker))
             await asyncio.shield(self._abort)
 
-    async def keep_alive(self) -> None:
-        """Called every few seconds (`gateway.KEEP_ALIVE_SECONDS`) while a stream is open. One that said nothing since the last
-        call gets a comment, so that no proxy on the way takes it for dead; it then has begun, and what
-        goes wrong afterwards is told within it."""
-        counted = (self._prompt, self._completion)
-        self._silent_for = self._silent_for + 1 if counted == self._silent_at else 0
-        self._silent_at = counted
-        if not self._silent_for or self._http is None or self._consumer.client_gone:
+    def keep_alive(self) -> None:
+        """Called every few seconds (`gateway.KEEP_ALIVE_SECONDS`) while a stream is open. One that said
+        nothing since the last call gets a comment, so that no proxy on the way takes it for dead; it then
+        has begun, and what goes wrong afterwards is told within it."""
+        before, self._counted = self._counted, self.tokens
+        if self._counted != before or self._consumer.client_gone:
             return
-        await self._begin()
-        await self._http.stream_chunk(b": keep-alive\n\n")
+        if self._comment is None or self._comment.done():  # else the client does not read
+            self._comment = asyncio.create_task(self._say_alive())
+
+    async def _say_alive(self) -> None:
+        try:
+            await self._begin()
+            if self._http is not None:
+                await self._http.stream_chunk(b": keep-alive\n\n")
+        except Exception:
+            # It ended in this moment: its own task tells what there is to tell.
+            logger.debug("a stream took no comment", exc_info=True)
 
     async def _begin(self) -> None:
         if not self._started:
@@ -411,6 +419,8 @@ class Generation:
                 self._lease.release()
             if self._entry is not None:
                 self._gateway.waiting.discard(self)
+                if self._comment is not None:
+                    self._comment.cancel()
                 self._gateway.leave()
                 self._entry.close(self._closed(outcome, status))
             self._gateway.meter.note(
