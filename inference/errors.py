@@ -51,11 +51,15 @@ class WorkerBroke(InferenceError):
     as it is: the client has seen the part."""
 
 
+TOO_LONG = "maximum context length"
+"""How every engine's refusal of a too long prompt reads; clients look for these words too."""
+
+
 class _OpenAIError(msgspec.Struct):
     message: str = ""
     type: str | None = None
     param: str | None = None
-    code: str | None = None
+    code: str | int | None = None
 
 
 class _OpenAIErrorBody(msgspec.Struct):
@@ -84,5 +88,8 @@ class WorkerRefused(InferenceError):
         else:
             self.message = error.message[:MAX_REFUSAL_TEXT] or self.message
             self.param = error.param[:200] if error.param else None
-            self.code = error.code[:200] if error.code else None
+            # vLLM repeats the status here.
+            self.code = error.code[:200] if error.code and isinstance(error.code, str) else None
+            if self.code is None and TOO_LONG in self.message:
+                self.code = "context_length_exceeded"
         super().__init__(f"{status}: {self.message}")

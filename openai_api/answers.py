@@ -100,6 +100,39 @@ class CohereRanking(msgspec.Struct):
     meta: dict[str, Any]
 
 
+class ResponseUsage(msgspec.Struct):
+    input_tokens: int
+    input_tokens_details: dict[str, int]
+    output_tokens: int
+    output_tokens_details: dict[str, int]
+    total_tokens: int
+
+
+class Response(msgspec.Struct):
+    id: str
+    object: Literal["response"]
+    created_at: int
+    completed_at: int | None
+    status: Literal["completed", "incomplete", "in_progress", "failed"]
+    incomplete_details: dict[str, str] | None
+    error: dict[str, str] | None
+    model: str
+    previous_response_id: str | None
+    instructions: str | None
+    output: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+    tool_choice: str | dict[str, Any]
+    parallel_tool_calls: bool
+    text: dict[str, Any]
+    reasoning: dict[str, Any]
+    max_output_tokens: int | None
+    temperature: float
+    top_p: float
+    store: bool
+    usage: ResponseUsage | None
+    metadata: dict[str, str]
+
+
 class Model(msgspec.Struct):
     id: str
     object: Literal["model"]
@@ -129,3 +162,51 @@ class ErrorDetail(msgspec.Struct):
 
 class Error(msgspec.Struct):
     error: ErrorDetail
+
+
+class MessageUsage(msgspec.Struct):
+    input_tokens: int
+    output_tokens: int
+    cache_read_input_tokens: int = 0
+    cache_creation_input_tokens: int = 0
+
+
+class Message(msgspec.Struct):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[dict[str, Any]]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "refusal"]
+    stop_sequence: str | None
+    usage: MessageUsage
+
+
+class InputTokens(msgspec.Struct):
+    input_tokens: int
+
+
+class Tokenization(msgspec.Struct):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Detokenization(msgspec.Struct):
+    prompt: str
+
+
+class Score(msgspec.Struct):
+    index: int
+    object: Literal["score"]
+    score: float
+
+
+class Scores(msgspec.Struct):
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Score]
+    usage: Usage

@@ -119,6 +119,130 @@ _OF_ENDPOINT = {
             "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}},
         },
     ),
+    endpoints.RESPONSES.path: _Told(
+        summary="Answer a conversation, and keep it to go on from",
+        about="Only tools of type `function` are supported. Unless `store` is `false`, the response is kept "
+        "for the key's project: `previous_response_id` goes on from it, `GET` and `DELETE` on "
+        "`/v1/responses/{id}` read and delete it, `GET /v1/responses/{id}/input_items` lists what it "
+        "answered. With `stream: true` the answer is a stream of events, from `response.created` to "
+        "`response.completed`, `.incomplete` or `.failed`. Fields of OpenAI's that are not listed are "
+        "ignored; listed ones that the model cannot honour are refused by name.",
+        answer=answers.Response,
+        required=("model", "input"),
+        example={"model": _MODEL, "input": "What is the capital of Japan?"},
+        answered={
+            "id": "resp_1",
+            "object": "response",
+            "created_at": 1790000000,
+            "completed_at": 1790000001,
+            "status": "completed",
+            "incomplete_details": None,
+            "error": None,
+            "model": _MODEL,
+            "previous_response_id": None,
+            "instructions": None,
+            "output": [
+                {
+                    "id": "msg_1_1",
+                    "type": "message",
+                    "status": "completed",
+                    "role": "assistant",
+                    "content": [{"type": "output_text", "text": "Tokyo.", "annotations": [], "logprobs": []}],
+                }
+            ],
+            "tools": [],
+            "tool_choice": "auto",
+            "parallel_tool_calls": True,
+            "text": {"format": {"type": "text"}, "verbosity": "medium"},
+            "reasoning": {"effort": None, "summary": None},
+            "max_output_tokens": None,
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "store": True,
+            "usage": {
+                "input_tokens": 12,
+                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                "output_tokens": 3,
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": 15,
+            },
+            "metadata": {},
+        },
+    ),
+    endpoints.MESSAGES.path: _Told(
+        summary="Answer a conversation, in Anthropic's format",
+        about="What chat completions refuse, this refuses. Errors have Anthropic's shape. With "
+        "`stream: true` the answer is a stream of Anthropic's events, the last `message_stop`; one that "
+        "could not be finished ends with an `error` event instead. The key may be sent as `x-api-key`.",
+        answer=answers.Message,
+        required=("model", "max_tokens", "messages"),
+        example={
+            "model": _MODEL,
+            "max_tokens": 64,
+            "messages": [{"role": "user", "content": "What is the capital of Japan?"}],
+        },
+        answered={
+            "id": "msg_1",
+            "type": "message",
+            "role": "assistant",
+            "model": _MODEL,
+            "content": [{"type": "text", "text": "Tokyo."}],
+            "stop_reason": "end_turn",
+            "stop_sequence": None,
+            "usage": {"input_tokens": 12, "output_tokens": 3},
+        },
+    ),
+    endpoints.COUNT_TOKENS.path: _Told(
+        summary="How many tokens a conversation is, in Anthropic's format",
+        answer=answers.InputTokens,
+        required=("model", "messages"),
+        example={"model": _MODEL, "messages": [{"role": "user", "content": "Hello"}]},
+        answered={"input_tokens": 12},
+    ),
+    endpoints.TOKENIZE.path: (
+        _TOKENIZE := _Told(
+            summary="A text, or a conversation, as the model's tokens",
+            about="Give `prompt` or `messages`.",
+            answer=answers.Tokenization,
+            required=("model",),
+            example={"model": _MODEL, "prompt": "The capital of Japan"},
+            answered={"count": 4, "max_model_len": 8192, "tokens": [504, 3575, 282, 4409]},
+        )
+    ),
+    endpoints.DETOKENIZE.path: (
+        _DETOKENIZE := _Told(
+            summary="Tokens as text",
+            answer=answers.Detokenization,
+            required=("model", "tokens"),
+            example={"model": _MODEL, "tokens": [504, 3575, 282, 4409]},
+            answered={"prompt": "The capital of Japan"},
+        )
+    ),
+    endpoints.SCORE.path: (
+        _SCORE := _Told(
+            summary="How alike two texts are, or how well one answers the other",
+            about="`text_1` may also be named `queries` or `data_1`; `text_2` also `documents`, `items` or "
+            "`data_2`. One text on the left goes with each on the right, else they go pair by pair.",
+            answer=answers.Scores,
+            required=("model",),
+            example={"model": _EMBEDDER, "text_1": "steam engine", "text_2": ["a locomotive", "a cake"]},
+            answered={
+                "id": "score-1",
+                "object": "list",
+                "created": 1790000000,
+                "model": _EMBEDDER,
+                "data": [
+                    {"object": "score", "index": 0, "score": 0.8},
+                    {"object": "score", "index": 1, "score": 0.1},
+                ],
+                "usage": {"prompt_tokens": 12, "total_tokens": 12},
+            },
+        )
+    ),
+    **{
+        alias.path: told
+        for alias, told in zip(endpoints.ALIASES, (_TOKENIZE, _DETOKENIZE, _SCORE), strict=True)
+    },
 }
 _A_MODEL = {
     "id": _MODEL,
@@ -236,7 +360,7 @@ def _operation(
     if told.answered is not None:
         answer["example"] = told.answered
     content = {"application/json": answer}
-    if request in ("ChatCompletionRequest", "CompletionRequest"):
+    if request in ("MessagesRequest", "ChatCompletionRequest", "CompletionRequest", "ResponsesRequest"):
         content["text/event-stream"] = {"schema": {"type": "string"}}
     operation: dict[str, Any] = {
         "operationId": re.sub(r"\W+", "_", url.strip("/")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -12,6 +12,9 @@ from inference.http import Header
 from openai_api.answered import Answered
 from openai_api.auth import Key
 from openai_api.errors import answer_to
+from openai_api.messages.answer import Messages, as_count
+from openai_api.messages.errors import as_anthropic
+from openai_api.messages.request import CountTokensRequest, MessagesRequest
 from openai_api.parsing import decode
 from openai_api.protocol import (
     Call,
@@ -20,6 +23,12 @@ from openai_api.protocol import (
     EmbeddingRequest,
     RerankRequest,
 )
+from openai_api.protocol.score import ScoreRequest
+from openai_api.protocol.tokenize import DetokenizeRequest, TokenizeRequest
+from openai_api.responses.answer import Responding
+from openai_api.responses.request import ResponsesRequest
+from openai_api.responses.store import prepare as prepare_response
+from openai_api.responses.words import errors as response_errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +51,8 @@ class Endpoint:
     """Whether an answer tells its usage. One that does not costs no tokens."""
     errors: Callable[[Exception], tuple[int, dict[str, Any], list[Header]]] = answer_to
     """How an error is told before the first byte."""
+    model: str | None = None
+    """The model that the URL names, whatever the body says; None: the body names it."""
     needs: frozenset[str] = field(init=False)
     """The capability, as what a worker must have for a request that asks for nothing else."""
     _decoder: msgspec.json.Decoder[Any] = field(init=False)
@@ -53,6 +64,8 @@ class Endpoint:
     def parse(self, body: bytes) -> Call:
         """Read and check a body. Raises InvalidRequest naming the field."""
         call: Call = decode(body, self._decoder.decode)
+        if self.model is not None:
+            call.model = self.model
         call.check()
         return call
 
@@ -103,5 +116,65 @@ RERANK_COHERE = Endpoint(
     request=RerankRequest,
     reshape=as_cohere,
 )
+RESPONSES = Endpoint(
+    path="/v1/responses",
+    asked="/v1/chat/completions",
+    capability="endpoint:chat",
+    request=ResponsesRequest,
+    adapter=Responding,
+    prepare=prepare_response,
+    errors=response_errors,
+)
+MESSAGES = Endpoint(
+    path="/v1/messages",
+    asked="/v1/chat/completions",
+    capability="endpoint:chat",
+    request=MessagesRequest,
+    adapter=Messages,
+    errors=as_anthropic,
+)
+COUNT_TOKENS = Endpoint(
+    path="/v1/messages/count_tokens",
+    asked="/tokenize",
+    capability="endpoint:tokenize",
+    request=CountTokensRequest,
+    reshape=as_count,
+    counted=False,
+    errors=as_anthropic,
+)
+TOKENIZE = Endpoint(
+    path="/tokenize",
+    asked="/tokenize",
+    capability="endpoint:tokenize",
+    request=TokenizeRequest,
+    counted=False,
+)
+DETOKENIZE = Endpoint(
+    path="/detokenize",
+    asked="/detokenize",
+    capability="endpoint:tokenize",
+    request=DetokenizeRequest,
+    counted=False,
+)
+SCORE = Endpoint(path="/v1/score", asked="/v1/score", capability="endpoint:score", request=ScoreRequest)
+ALIASES = (
+    replace(TOKENIZE, path="/v1/tokenize"),
+    replace(DETOKENIZE, path="/v1/detokenize"),
+    replace(SCORE, path="/score"),
+)
+"""Other paths of endpoints."""
 
-ENDPOINTS = (CHAT, COMPLETIONS, EMBEDDINGS, RERANK, RERANK_COHERE)
+ENDPOINTS = (
+    CHAT,
+    COMPLETIONS,
+    EMBEDDINGS,
+    RERANK,
+    RERANK_COHERE,
+    RESPONSES,
+    MESSAGES,
+    COUNT_TOKENS,
+    TOKENIZE,
+    DETOKENIZE,
+    SCORE,
+    *ALIASES,
+)

@@ -8,6 +8,8 @@
     ├── WrongEndpoint        no worker of the model answers this endpoint
     ├── ForbiddenModel       the model exists, but this key may not use it
     ├── UnknownUrl           nothing is served at this URL
+    │   └── NotServed        OpenAI serves something there; Roundhouse does not
+    ├── ResponseNotFound     no such response is kept, or it is another project's
     └── StorageAway          the database, or the disk of the ledger, does not answer
 
 Every class of `registry.errors`, `inference.errors`, `inference.http` and this module has its row; the
@@ -110,6 +112,24 @@ class UnknownUrl(ApiError):
         super().__init__(f"Invalid URL ({_printable(method)} {_printable(path)})")
 
 
+class NotServed(UnknownUrl):
+    """OpenAI serves something at this URL; Roundhouse does not."""
+
+    def __init__(self, method: str, path: str, what: str) -> None:
+        ApiError.__init__(
+            self, f"Roundhouse does not serve {what} ({_printable(method)} {_printable(path)})."
+        )
+
+
+class ResponseNotFound(ApiError):
+    """No such response is kept, or it is another project's."""
+
+    param = "response_id"
+
+    def __init__(self, response_id: str) -> None:
+        super().__init__(f"Response with id '{_printable(response_id)}' not found.")
+
+
 class StorageAway(ApiError):
     """The database, or the disk of the ledger, does not answer. A later try can help."""
 
@@ -141,6 +161,8 @@ ROWS: dict[type[Exception], Row] = {
     WrongEndpoint: Row(400, "invalid_request_error"),
     ForbiddenModel: Row(403, "invalid_request_error", "model_not_found"),
     UnknownUrl: Row(404, "invalid_request_error"),
+    NotServed: Row(404, "invalid_request_error"),
+    ResponseNotFound: Row(404, "invalid_request_error"),
     StorageAway: Row(503, "service_unavailable_error", "storage"),
     # Between client and consumer. 499 is for the log: nobody is there to read it.
     HttpError: Row(400, "invalid_request_error"),

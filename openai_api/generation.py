@@ -43,7 +43,7 @@ from openai_api.errors import (
     row_of,
 )
 from openai_api.gateway import Gateway
-from openai_api.parsing import unsupported
+from openai_api.parsing import check_headers, unsupported
 from openai_api.protocol import Call
 from registry.spool import Closed, Entry, Opened, SpoolFull
 from registry.states import Outcome
@@ -87,6 +87,7 @@ class Generation:
         self._http = consumer
         async with self._settled():
             self._key = await self._gateway.keys.authenticate(request.credential)  # 1
+            check_headers(request.headers)
             body = await consumer.read_body(limits.BODY_BYTES)  # 2
             await self._answer(self._key, body)
 
@@ -286,7 +287,7 @@ class Generation:
         """The usage in a whole answer, and the answer for the client. Raises WorkerUnreachable for what
         is no answer."""
         try:
-            if (dialect := dialect_of(worker.engine, self._endpoint.asked)) is not None:
+            if (dialect := dialect_of(worker.engine, self._endpoint.asked, self._model)) is not None:
                 answer = dialect.whole(answer)
             usage = _decode_answer(answer).usage if self._endpoint.counted else _Usage()
             reshape = self._endpoint.reshape
@@ -306,16 +307,20 @@ class Generation:
                     first = await anext(events)
                     if first.startswith(_ERROR):
                         raise WorkerUnreachable(f"{worker.name} answered with an error event.")
+                    dialect = dialect_of(worker.engine, asked, self._model)
+                    if dialect is not None:
+                        first = dialect.event(first)
                 except StopAsyncIteration:
                     self._give_up(worker, WorkerUnreachable(f"{worker.name} answered with nothing."))
+                except (msgspec.DecodeError, UnicodeDecodeError):
+                    self._give_up(worker, WorkerUnreachable(f"{worker.name} sent an event that is none."))
                 except WorkerUnreachable as error:
                     self._give_up(worker, error)
                 else:
                     self._first_at = time.monotonic()
                     await self._begin()
-                    dialect = dialect_of(worker.engine, asked)
                     if dialect is not None:
-                        first, events = dialect.event(first), _in_dialect(dialect, events)
+                        events = _in_dialect(dialect, events)
                     await self._relay(first, events, shows_usage)
                     return
             avoid |= {worker.id}
@@ -491,8 +496,11 @@ class Generation:
 
 
 async def _in_dialect(dialect: Dialect, events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    async for event in events:
-        yield event if event == DONE else dialect.event(event)
+    try:
+        async for event in events:
+            yield event if event == DONE else dialect.event(event)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise WorkerBroke("The worker sent an event that is none.") from error
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]

@@ -91,6 +91,31 @@ class Ready(ApiConsumer):
         await self.send_json(503 if away > 0 else 200, details)
 
 
+class Answering(HttpConsumer):
+    """GET /health, as load balancers in front of vLLM ask it: nothing but a status, 503 while no worker can
+    answer anything."""
+
+    methods = frozenset({"GET", "HEAD"})
+
+    def __init__(self, gateway: Gateway) -> None:
+        super().__init__()
+        self._gateway = gateway
+
+    async def handle(self, request: Request) -> None:
+        able = any(deployment.workers for deployment in self._gateway.fleet.deployments)
+        await self._start(200 if able else 503, [(b"content-length", b"0"), (b"cache-control", b"no-store")])
+        await self._send({"type": "http.response.body", "body": b""})
+
+
+class Version(ApiConsumer):
+    """GET /version."""
+
+    methods = frozenset({"GET", "HEAD"})
+
+    async def handle(self, request: Request) -> None:
+        await self.send_json(200, {"version": VERSION})
+
+
 class NotForYou(Exception):
     """The metrics are not for this client."""
 

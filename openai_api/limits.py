@@ -11,10 +11,25 @@ EMBEDDING_INPUTS = 2048
 RERANK_DOCUMENTS = 2048
 STOP_STRINGS = 16
 STOP_STRING_BYTES = 256
+"""Of `bad_words` too."""
 TOOLS = 128
 N = 128
 LOGIT_BIAS_ENTRIES = 1024
 TOP_LOGPROBS = 20
+TOKEN_ID_MAX = 2**31 - 1
+LISTED_TOKENS = 1024
+"""Token ids of one field (`stop_token_ids`, `allowed_token_ids`, `logprob_token_ids`)."""
+BAD_WORDS = 128
+RAG_DOCUMENTS = 1024
+"""`documents` of one chat request."""
+TEMPLATE_VALUES = 64
+"""`chat_template_kwargs` of one chat request."""
+SCHEMA_BYTES = 64 * 1024
+"""A JSON schema, a grammar, or the choices of one structured output."""
+SCHEMA_DEPTH = 16
+REGEX_BYTES = 4 * 1024
+REGEX_STEPS = 16 * 1024
+"""Characters of a regex once its counted repetitions are written out."""
 MODEL_NAME_LENGTH = 256
 INT64_MAX = 2**63 - 1
 INT64_MIN = -(2**63)
@@ -23,6 +38,10 @@ TEMPERATURE_MAX = 2.0
 TOP_P_MAX = 1.0
 PENALTY_MAX = 2.0
 """Presence and frequency penalties lie within minus this and this."""
+REPETITION_PENALTY_MAX = 10.0
+LENGTH_PENALTY_MAX = 10.0
+"""Lies within minus this and this."""
+TOP_K_MAX = 1_000_000
 
 HEADER_BLOCK_BYTES = 16 * 1024
 HEADER_SECONDS = 10.0

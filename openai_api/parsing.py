@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -35,6 +35,34 @@ def decode(body: bytes, decoder: Callable[[bytes], T]) -> T:
     return read
 
 
+def convert(given: Any, kind: type[T], path: str) -> T:
+    """A part of a body that was decoded already, as `kind`. Raises InvalidRequest naming the field below
+    `path`."""
+    try:
+        return msgspec.convert(given, kind)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error), path) from None
+
+
+def check_headers(headers: Mapping[bytes, bytes]) -> None:
+    """Raises InvalidRequest for a body that is told to be other than JSON, or packed: what a few bytes
+    unpack to has no bound. A body that is told to be nothing is taken for JSON."""
+    told = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if told not in _JSON:
+        raise InvalidRequest(
+            f"Unsupported content type: '{told[:100].decode('latin-1')}'. This API method only accepts "
+            "'application/json' requests.",
+            code="unsupported_content_type",
+        )
+    if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b""):
+        raise InvalidRequest(
+            "Compressed requests are not accepted: send the body without Content-Encoding.",
+            code="unsupported_content_encoding",
+        )
+
+
+_JSON = (b"application/json", b"")
+
 _decode_any = msgspec.json.Decoder().decode
 
 
@@ -45,6 +73,11 @@ def unsupported(field: str, model: str) -> InvalidRequest:
         param=field,
         code="unsupported_value",
     )
+
+
+def invalid(param: str, problem: str, code: str = "invalid_value") -> InvalidRequest:
+    """`param` cannot be used as it stands."""
+    return InvalidRequest(f"Invalid '{param}': {problem}", param=param, code=code)
 
 
 def missing(param: str) -> InvalidRequest:
@@ -108,9 +141,13 @@ _RANGE = re.compile(
 _NAMES = {"str": "a string", "int": "an integer", "float": "a decimal", "bool": "a boolean", "null": "null"}
 
 
-def _explain(problem: str) -> InvalidRequest:
+def _explain(problem: str, within: str = "") -> InvalidRequest:
     located = _LOCATED.match(problem)
     said, path = (located["said"], located["path"] or "") if located else (problem, "")
+    # msgspec does not tell a dict's key: the dict is named.
+    path = path.partition("[...]")[0]
+    if within:
+        path = f"{within}{path}" if path.startswith("[") or not path else f"{within}.{path}"
     if absent := _MISSING_FIELD.match(said):
         return missing(f"{path}.{absent[1]}" if path else absent[1])
     where = f"'{path}'" if path else "the body"

@@ -23,7 +23,7 @@ from openai_api.auth import Key
 from openai_api.errors import InvalidRequest, MissingKey, StorageAway
 from registry.reports import Dimension, Figures, Row, UsageQuery, Width
 
-ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/completions"})
+ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 CURSOR = "page_"
 LATEST = 253_402_300_799
 """The last second of the year 9999."""

@@ -123,6 +123,7 @@ class CopyState(models.TextChoices):
 
 class EngineName(models.TextChoices):
     TRANSFORMERS = "transformers"
+    VLLM = "vllm", "vLLM"
     EMBEDDING = "embedding"
     SIMULATED = "simulated"
 

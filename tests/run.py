@@ -23,6 +23,7 @@ from tests import services
 ROOT = Path(__file__).resolve().parents[1]
 NODE_ENVIRONMENT = ROOT / ".venv-node"
 NODE_TEST_PACKAGES = ["pytest>=9.2", "pytest-asyncio>=1.5", "pytest-timeout>=2.4", "openai>=3.52"]
+STAGES = ("node", "engines", "sqlite", "postgres", "e2e-sqlite", "e2e-postgres")
 WITH_DATABASE = ["tests/unit", "tests/integration", "tests/api", "tests/security"]
 
 
@@ -32,6 +33,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="run only these stages, comma-separated")
     arguments, rest = parser.parse_known_args()
     only = set(filter(None, arguments.only.split(",")))
+    if unknown := only.difference(STAGES):
+        parser.error(f"no such stage: {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
     runs = Runs(only=only, extra=["-m", "not gpu" if arguments.full else "not full and not gpu", *rest])
 
     with contextlib.ExitStack() as stack:
@@ -41,7 +44,8 @@ def main() -> int:
         def without_database() -> None:
             if runs.wanted("node"):
                 runs.pytest("node", ["tests/node"], python=node_environment())
-            runs.pytest("sqlite", WITH_DATABASE)
+            # What a client sees does not depend on the database: once is enough.
+            runs.pytest("sqlite", [*WITH_DATABASE, "tests/clients"])
 
         def with_postgres() -> None:
             runs.pytest("engines", ["tests/engines"])

@@ -35,6 +35,7 @@ import psutil
 
 import inference
 from inference.agent.identity import node_folder, write_private
+from inference.engines.vllm.command import PYTHON_VARIABLE
 from inference.protocol import LOG_TAIL_LINES, Assignment, Cause, ProcessReport, Wish
 from inference.worker.spec import WorkerSpec
 
@@ -306,7 +307,11 @@ def stop_all(data: Path, grace_seconds: float) -> None:
 def clean_environment() -> dict[str, str]:
     """This process's environment without what only the control plane may know."""
     withheld = ("DJANGO_", "CELERY_", "ROUNDHOUSE_", "PG", "DATABASE_URL", "REDIS_URL")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(withheld)}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name == PYTHON_VARIABLE or not name.startswith(withheld)
+    }
     # Wherever the child starts, it runs this same code, installed or not.
     root = str(Path(inference.__file__).resolve().parents[1])
     inherited = environment.get("PYTHONPATH")

@@ -18,8 +18,8 @@ _CLASSES = {
     "transformers": ("inference.engines.transformers.engine", "TransformersEngine"),
 }
 
-ENGINES = frozenset(_CLASSES)
-"""The names a deployment may ask for."""
+ENGINES = frozenset({*_CLASSES, "vllm"})
+"""The names a deployment may ask for. `vllm` is none of ours to create: the supervisor starts its server."""
 
 
 def create_engine(name: str, spec: EngineSpec) -> Model:

@@ -1,6 +1,6 @@
 """The HTTP face of an engine that generates text: generation, load, abort.
 
-    POST /v1/chat/completions   POST /v1/completions
+    POST /v1/chat/completions   POST /v1/completions   POST /tokenize   POST /detokenize
     GET /v1/models   GET /load   GET /health   POST /abort
 
 A client that leaves, streaming or not, ends its generation at once; so does `/abort`.
@@ -12,23 +12,18 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 from starlette.types import Receive, Scope, Send
 
 from inference.engines.base import BadRequest, Delta, Engine, EngineError, GenerationRequest
-from inference.engines.chat import ChatRequest, ChunkWriter, completion, parse_chat, to_generation
-from inference.engines.completions import (
-    CompletionRequest,
-    TextChunks,
-    Totals,
-    parse_completion,
-    to_generations,
-)
-from inference.engines.completions import completion as text_completion
+from inference.engines.chat import SampledRequest, parse_chat, to_generations
+from inference.engines.chat_answers import ChatChunks, WholeChat
+from inference.engines.completions import TextChunks, WholeTexts, parse_completion
+from inference.engines.completions import to_generations as texts_to_generations
 from inference.engines.http import (
     FAILED,
     ClientLeft,
@@ -40,12 +35,27 @@ from inference.engines.http import (
     send_end,
     send_whole,
 )
+from inference.engines.tokenize import detokenize, tokenize
+from inference.engines.usage import Totals
 
 logger = logging.getLogger(__name__)
 
 
 _Begun = Callable[[Send], Coroutine[Any, Any, None]]
 """A request that was read and checked; called, it answers."""
+
+
+Step = TypeVar("Step")
+_Chunks = ChatChunks | TextChunks
+_Whole = WholeChat | WholeTexts
+
+
+class _Told(TypedDict):
+    """What every answer says of itself."""
+
+    request_id: str
+    model: str
+    created: int
 
 
 class _Cut(Exception):
@@ -64,6 +74,8 @@ class EngineApp(WorkerApp):
             answers={
                 "/v1/chat/completions": partial(self._serve, self._begin_chat),
                 "/v1/completions": partial(self._serve, self._begin_completions),
+                "/tokenize": partial(self._serve, partial(self._begin_tokens, tokenize)),
+                "/detokenize": partial(self._serve, partial(self._begin_tokens, detokenize)),
             },
         )
         self._engine = engine
@@ -104,143 +116,99 @@ class EngineApp(WorkerApp):
         """Fresh: two requests with one id must not meet inside the engine."""
         return f"{running.request_id}.{next(self._numbers)}"
 
-    # -- chat
+    # -- tokens
+
+    def _begin_tokens(
+        self, answer: Callable[[Engine, bytes], Awaitable[bytes]], running: Running, body: bytes
+    ) -> _Begun:
+        self._refuse_unless_serving()
+
+        async def begun(send: Send) -> None:
+            await send_whole(send, 200, await answer(self._engine, body), running.request_id)
+
+        return begun
+
+    # -- chat and completions
 
     def _begin_chat(self, running: Running, body: bytes) -> _Begun:
         chat = parse_chat(body)
         self._refuse_unless_serving()
-        wanted = to_generation(chat, self._engine_id(running), self._engine.capabilities)
-        return partial(self._answer, running, chat, wanted)
-
-    async def _answer(
-        self, running: Running, chat: ChatRequest, wanted: GenerationRequest, send: Send
-    ) -> None:
-        async with self._slots:
-            deltas = cast(AsyncGenerator[Delta, None], self._engine.generate(wanted))
-            async with aclosing(deltas):
-                if chat.stream:
-                    await self._stream(running, chat, deltas, send)
-                    return
-                body = await self._collect(running, chat, deltas)
-        await send_whole(send, 200, body, running.request_id)
-
-    async def _collect(
-        self, running: Running, chat: ChatRequest, deltas: AsyncGenerator[Delta, None]
-    ) -> bytes:
-        texts: list[str] = []
-        async for delta in deltas:
-            _count(running, delta)
-            texts.append(delta.text)
-            if delta.finish_reason is not None:
-                return completion(
-                    request_id=running.request_id,
-                    model=chat.model or self._served_name,
-                    created=int(time.time()),
-                    text="".join(texts),
-                    finish_reason=delta.finish_reason,
-                    prompt_tokens=delta.prompt_tokens,
-                    completion_tokens=delta.completion_tokens,
-                    cached_tokens=delta.cached_tokens,
-                )
-        raise Refusal(500, FAILED, kind="server_error", code="engine_error")
-
-    async def _stream(
-        self, running: Running, chat: ChatRequest, deltas: AsyncGenerator[Delta, None], send: Send
-    ) -> None:
-        # The first token comes before the status line: an engine that fails at once is a plain error.
-        first = await anext(deltas, None)
-        if first is None:
-            raise Refusal(500, FAILED, kind="server_error", code="engine_error")
-        _count(running, first)
-        chunks = ChunkWriter(
-            chat,
-            request_id=running.request_id,
-            model=chat.model or self._served_name,
-            created=int(time.time()),
-        )
-        await _begin_stream(running, send)
-        event = chunks.role(first.prompt_tokens)
-        delta: Delta | None = first
-        while delta is not None:
-            _count(running, delta)
-            if delta.text or (chunks.shows_every_token and delta.finish_reason is None):
-                event += chunks.text(delta.text, delta.prompt_tokens, delta.completion_tokens)
-            if delta.finish_reason is not None:
-                event += chunks.finish(
-                    delta.finish_reason, delta.prompt_tokens, delta.completion_tokens, delta.cached_tokens
-                )
-                await send_end(send, event)
-                return
-            if event:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-            event = b""
-            delta = await anext(deltas, None)
-        raise _Cut
-
-    # -- completions
+        wanted = to_generations(chat, self._engine_id(running), self._engine.capabilities)
+        totals = Totals(samples=len(wanted))
+        told = self._told(running, chat)
+        writer: _Chunks | _Whole
+        if chat.stream:
+            writer = ChatChunks(chat, wanted[0], totals, **told)
+        else:
+            writer = WholeChat(wanted[0], totals, **told)
+        return partial(self._answer, running, wanted, totals, writer)
 
     def _begin_completions(self, running: Running, body: bytes) -> _Begun:
         asked = parse_completion(body)
         self._refuse_unless_serving()
-        wanted = to_generations(asked, self._engine_id(running), self._engine.capabilities)
-        return partial(self._answer_texts, running, asked, wanted)
+        wanted = texts_to_generations(asked, self._engine_id(running), self._engine.capabilities)
+        totals = Totals(len(wanted) // asked.samples, asked.samples)
+        told = self._told(running, asked)
+        writer: _Chunks | _Whole
+        writer = TextChunks(asked, totals, **told) if asked.stream else WholeTexts(asked, totals, **told)
+        return partial(self._answer, running, wanted, totals, writer)
 
-    async def _answer_texts(
-        self, running: Running, asked: CompletionRequest, wanted: list[GenerationRequest], send: Send
-    ) -> None:
-        totals = Totals(len(wanted))
-        model, created = asked.model or self._served_name, int(time.time())
-        async with aclosing(self._together(running, totals, wanted)) as deltas:
-            if asked.stream:
-                chunks = TextChunks(asked, request_id=running.request_id, model=model, created=created)
-                await self._stream_texts(running, chunks, totals, deltas, send)
-                return
-            texts: list[list[str]] = [[] for _ in wanted]
-            reasons = [""] * len(wanted)
-            async for at, delta in deltas:
-                texts[at].append(delta.text)
-                reasons[at] = delta.finish_reason or ""
-        if totals.unfinished:
-            raise Refusal(500, FAILED, kind="server_error", code="engine_error")
-        body = text_completion(
-            request_id=running.request_id,
-            model=model,
-            created=created,
-            texts=["".join(pieces) for pieces in texts],
-            reasons=reasons,
-            totals=totals,
-        )
-        await send_whole(send, 200, body, running.request_id)
+    def _told(self, running: Running, asked: SampledRequest) -> _Told:
+        return {
+            "request_id": running.request_id,
+            "model": asked.model or self._served_name,
+            "created": int(time.time()),
+        }
 
-    async def _stream_texts(
+    async def _answer(
         self,
         running: Running,
-        chunks: TextChunks,
+        wanted: list[GenerationRequest],
         totals: Totals,
-        deltas: AsyncGenerator[tuple[int, Delta], None],
+        writer: _Chunks | _Whole,
         send: Send,
     ) -> None:
-        # As in chat, the first token comes before the status line.
-        step = await anext(deltas, None)
-        if step is None:
-            raise Refusal(500, FAILED, kind="server_error", code="engine_error")
-        await _begin_stream(running, send)
-        while step is not None:
-            at, delta = step
-            if delta.text or delta.finish_reason is not None or chunks.shows_every_token:
-                event = chunks.text(at, delta, totals)
-                if not totals.unfinished:
-                    await send_end(send, event + chunks.end(totals))
-                    return
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-            step = await anext(deltas, None)
-        raise _Cut
+        running.spent = totals
+        if len(wanted) == 1:  # nearly always, so nothing is put between the engine and its answer
+            async with self._slots:
+                deltas = cast(AsyncGenerator[Delta, None], self._engine.generate(wanted[0]))
+                await self._write(running, deltas, partial(writer.step, 0), totals, send)
+        else:
+            steps = self._together(wanted)
+            await self._write(running, steps, lambda step: writer.step(*step), totals, send)
+        if not isinstance(writer, _Chunks):
+            await send_whole(send, 200, writer.body(), running.request_id)
 
-    async def _together(
-        self, running: Running, totals: Totals, wanted: list[GenerationRequest]
-    ) -> AsyncGenerator[tuple[int, Delta], None]:
-        """The prompts' deltas as they come, counted, each prompt with a slot of its own. What one of them
-        raises ends all."""
+    async def _write(
+        self,
+        running: Running,
+        steps: AsyncGenerator[Step, None],
+        write: Callable[[Step], bytes | None],
+        totals: Totals,
+        send: Send,
+    ) -> None:
+        """Let `write` have every step, and send what it makes of them, if anything, as it comes."""
+        async with aclosing(steps):
+            # The first token comes before the status line: an engine that fails at once is a plain error.
+            step = await anext(steps, None)
+            while step is not None:
+                event = write(step)
+                if event is not None and not running.begun:
+                    await _begin_stream(running, send)
+                if not totals.unfinished:
+                    if event is not None:
+                        await send_end(send, event)
+                    return
+                if event:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                step = await anext(steps, None)
+        if running.begun:
+            raise _Cut
+        raise Refusal(500, FAILED, kind="server_error", code="engine_error")
+
+    async def _together(self, wanted: list[GenerationRequest]) -> AsyncGenerator[tuple[int, Delta], None]:
+        """The choices' deltas as they come, each choice with a slot of its own. What one of them raises
+        ends all."""
         # No longer than this: a client that reads slowly holds the engine's answers up, not our memory.
         queue: asyncio.Queue[tuple[int, Delta | BaseException | None]] = asyncio.Queue(len(wanted))
 
@@ -268,9 +236,6 @@ class EngineApp(WorkerApp):
                 if got is None:
                     open_ -= 1
                     continue
-                totals.take(at, got)
-                running.prompt_tokens = totals.prompt_tokens
-                running.completion_tokens = totals.completion_tokens
                 yield at, got
         finally:
             for task in following:
@@ -292,8 +257,3 @@ async def _begin_stream(running: Running, send: Send) -> None:
             ],
         }
     )
-
-
-def _count(running: Running, delta: Delta) -> None:
-    running.prompt_tokens = delta.prompt_tokens
-    running.completion_tokens = delta.completion_tokens

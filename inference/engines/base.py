@@ -56,6 +56,29 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tools:
+    """Functions that the answer may call, and whether it must."""
+
+    functions: list[dict[str, Any]]
+    """As in the OpenAI API, `{"type": "function", "function": {…}}`, already checked."""
+    required: bool = False
+    named: str | None = None
+    """The one function that must be called."""
+    parallel: bool = True
+    """Several calls in one answer are wanted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Structured:
+    """What form the text must have: one of the choices, or JSON of the schema."""
+
+    param: str
+    """The field that asked for it; refusals name it."""
+    schema: dict[str, Any] | bool = True
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     request_id: str
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -65,8 +88,18 @@ class GenerationRequest:
     echo: bool = False
     """Begin with the prompt's own text: a first delta of no generated token."""
     sampling: Sampling
+    sample: int = 0
+    """Which of several answers to the same prompt this is."""
+    top_logprobs: int | None = None
+    """Tell each token's logarithmic probability, and those of so many likeliest ones; None: neither."""
+    token_ids: bool = False
+    """Tell each token's id, and those of the prompt."""
+    tools: Tools | None = None
+    """A call is written in the text, as `tools.CallParser` reads it."""
+    structured: Structured | None = None
+    reasoning_effort: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-    """Fields of one engine only (the simulated engine's faults)."""
+    """Sampling fields that only some engines have, under their names."""
 
 
 def too_long(context_length: int, tokens: int, request: GenerationRequest) -> BadRequest:
@@ -80,15 +113,44 @@ def too_long(context_length: int, tokens: int, request: GenerationRequest) -> Ba
     )
 
 
-def check_token_ids(prompt: list[int], size: int) -> None:
+def check_token_ids(prompt: list[int], size: int, *, param: str = "prompt") -> None:
     """Raises BadRequest for ids that a vocabulary of this size does not have."""
     if prompt and (min(prompt) < 0 or max(prompt) >= size):
         bad = next(token for token in prompt if not 0 <= token < size)
         raise BadRequest(
             f"Token id {bad} is out of vocabulary: ids of this model are below {size}.",
-            param="prompt",
+            param=param,
             code="invalid_value",
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """One token of an answer, or of a prompt that is echoed."""
+
+    id: int
+    text: str
+    raw: bytes
+    """Its bytes; the text of a token that ends within a character is not all of it."""
+    logprob: float | None
+    """None for a prompt's first token, before which there is nothing."""
+    top: tuple[Token, ...] = ()
+    """The likeliest tokens in its place, likeliest first, as many as were asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detail:
+    """What only few answers have."""
+
+    reasoning: str = ""
+    """Thoughts before the answer, no part of its text."""
+    reasoning_tokens: int = 0
+    """Tokens of them so far."""
+    tokens: tuple[Token, ...] = ()
+    """The tokens of the delta's text, when `top_logprobs` or `token_ids` ask for them. Joined over all
+    deltas their texts are the text."""
+    prompt_token_ids: tuple[int, ...] | None = None
+    """With the first delta, when `token_ids` asks for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +164,7 @@ class Delta:
     cached_tokens: int = 0
     finish_reason: str | None = None
     """`stop` or `length`."""
+    detail: Detail | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,3 +208,17 @@ class Engine(Model, Protocol):
 
         Raises BadRequest at the first step, or EngineError when the engine itself failed.
         """
+
+    async def tokenize(
+        self,
+        prompt: str | list[dict[str, Any]],
+        *,
+        special_tokens: bool,
+        generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> list[tuple[int, str]]:
+        """The ids of a text, or of messages in the model's chat template, each with the token's own
+        spelling. Raises BadRequest for messages that cannot be rendered."""
+
+    async def detokenize(self, tokens: list[int]) -> str:
+        """Raises BadRequest for ids out of the vocabulary."""

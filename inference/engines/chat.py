@@ -1,18 +1,18 @@
-"""OpenAI's chat format on an engine's port: a body in, chunks or one answer out.
-
-Chunks are put together from bytes made once per request; only the text is encoded per token. `usage`
-is always a chunk's last key, without spaces, so that a gateway can cut it off without parsing.
-"""
+"""OpenAI's chat format on an engine's port: a body in, what the engine is asked out. `chat_answers` is the
+way back."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from inference.engines.base import BadRequest, GenerationRequest, Sampling
+from inference.engines.base import BadRequest, GenerationRequest, Sampling, Structured
+from inference.engines.structured import ResponseFormat, StructuredOutputs, of_format, of_outputs
+from inference.engines.tools import Tool, tools_of
 
 T = TypeVar("T")
 
@@ -20,6 +20,7 @@ MAX_BODY_BYTES = 32 * 1024 * 1024
 """Gateways hold clients to less; this only keeps a broken gateway from filling the engine's memory."""
 
 DONE = b"data: [DONE]\n\n"
+MOST_TOP_LOGPROBS = 20
 
 _StopText = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 _Tokens = Annotated[int, msgspec.Meta(ge=1)]
@@ -62,6 +63,12 @@ class SampledRequest(msgspec.Struct, kw_only=True):
     repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=10)] | None = None
     min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     logit_bias: dict[str, float] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    return_token_ids: bool | None = None
+
+    @property
+    def samples(self) -> int:
+        return self.n or 1
 
 
 class ChatRequest(SampledRequest, kw_only=True):
@@ -71,9 +78,12 @@ class ChatRequest(SampledRequest, kw_only=True):
     max_completion_tokens: _Tokens | None = None
     max_tokens: _Tokens | None = None
     logprobs: bool | None = None
-    tools: list[dict[str, Any]] | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    tools: Annotated[list[Tool], msgspec.Meta(max_length=1024)] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 
 
 _NEUTRAL: dict[str, object] = {
@@ -105,15 +115,78 @@ def decode(body: bytes, decoder: Callable[[bytes], T]) -> T:
 _decoder = msgspec.json.Decoder(ChatRequest)
 
 
-def to_generation(chat: ChatRequest, request_id: str, capabilities: frozenset[str]) -> GenerationRequest:
-    """What the engine is asked. Raises BadRequest for what it cannot honour."""
-    _refuse_unsupported(chat)
-    return GenerationRequest(
+def to_generations(
+    chat: ChatRequest, request_id: str, capabilities: frozenset[str]
+) -> list[GenerationRequest]:
+    """What the engine is asked, one request for each choice. Raises BadRequest for what it cannot honour."""
+    if chat.top_logprobs and not chat.logprobs:
+        raise BadRequest(
+            "'top_logprobs' is only allowed when 'logprobs' is enabled.",
+            param="top_logprobs",
+            code="invalid_value",
+        )
+    tools = tools_of(chat.tools, chat.tool_choice, chat.parallel_tool_calls)
+    structured = structured_of(
+        chat, None if chat.response_format is None else of_format(chat.response_format)
+    )
+    refuse_unsupported(
+        capabilities,
+        logprobs=chat.logprobs,
+        tools=tools,
+        response_format=chat.response_format is not None and chat.response_format.type != "text",
+        reasoning_effort=chat.reasoning_effort not in (None, "none"),
+        **asked_of(chat),
+    )
+    wanted = GenerationRequest(
         request_id=request_id,
-        messages=[_plain(message, at) for at, message in enumerate(chat.messages)],
+        messages=plain_messages(chat.messages),
         sampling=sampling_of(chat, chat.max_completion_tokens or chat.max_tokens),
+        top_logprobs=chat.top_logprobs or 0 if chat.logprobs else None,
+        token_ids=bool(chat.return_token_ids),
+        tools=tools,
+        structured=structured,
+        reasoning_effort=chat.reasoning_effort,
         extra=extra_of(chat, capabilities),
     )
+    return samples_of(wanted, chat.samples)
+
+
+def samples_of(wanted: GenerationRequest, samples: int) -> list[GenerationRequest]:
+    """The same request so many times, each with an id of its own."""
+    if samples == 1:
+        return [wanted]
+    return [
+        replace(wanted, request_id=f"{wanted.request_id}.{sample}", sample=sample)
+        for sample in range(samples)
+    ]
+
+
+def structured_of(asked: SampledRequest, by_format: Structured | None = None) -> Structured | None:
+    """The form that `structured_outputs` wants, or `by_format`. Raises BadRequest for both."""
+    structured = None if asked.structured_outputs is None else of_outputs(asked.structured_outputs)
+    if structured is not None and by_format is not None:
+        raise BadRequest(
+            "Use either 'structured_outputs' or 'response_format', not both.",
+            param="structured_outputs",
+            code="invalid_value",
+        )
+    return structured or by_format
+
+
+def asked_of(asked: SampledRequest) -> dict[str, object]:
+    """What chat and completions alike can ask for that only some engines have."""
+    return {
+        "n": asked.samples > 1,
+        "structured_outputs": structured_of(asked),
+        "return_token_ids": asked.return_token_ids,
+    }
+
+
+def refuse_unsupported(capabilities: frozenset[str], **asked: object) -> None:
+    """Raises BadRequest for the first field that asks for something and is no capability."""
+    for field, wanted in asked.items():
+        if wanted and field not in capabilities:
+            raise unsupported(field)
 
 
 def sampling_of(asked: SampledRequest, max_tokens: int | None) -> Sampling:
@@ -143,23 +216,13 @@ def extra_of(asked: SampledRequest, capabilities: frozenset[str]) -> dict[str, A
     return extra
 
 
-def refuse_several(asked: SampledRequest) -> None:
-    if asked.n not in (None, 1):
-        raise unsupported("n")
-
-
-def _refuse_unsupported(chat: ChatRequest) -> None:
-    refuse_several(chat)
-    if chat.logprobs:
-        raise unsupported("logprobs")
-    if chat.tools and chat.tool_choice != "none":
-        raise unsupported("tools")
-    if chat.response_format is not None and chat.response_format.get("type", "text") != "text":
-        raise unsupported("response_format")
-
-
 def unsupported(field: str) -> BadRequest:
     return BadRequest(f"This model does not support '{field}'.", param=field, code="unsupported_parameter")
+
+
+def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
+    """As chat templates expect them. Raises BadRequest for parts that are no text."""
+    return [_plain(message, at) for at, message in enumerate(messages)]
 
 
 def _plain(message: ChatMessage, at: int) -> dict[str, Any]:
@@ -198,111 +261,6 @@ def explain(problem: str) -> BadRequest:
     said, field = (located[1], located[2]) if located else (problem, None)
     code = "invalid_type" if ", got " in said else "invalid_value"
     return BadRequest(f"Invalid value for '{field or 'body'}': {said[:300]}.", param=field or None, code=code)
-
-
-class ChunkWriter:
-    """The events of one streamed answer."""
-
-    def __init__(self, chat: ChatRequest, *, request_id: str, model: str, created: int) -> None:
-        options = chat.stream_options or StreamOptions()
-        self._final_usage = bool(options.include_usage)
-        self._continuous = bool(options.continuous_usage_stats)
-        self._head = (
-            b'data: {"id":'
-            + msgspec.json.encode(f"chatcmpl-{request_id}")
-            + b',"object":"chat.completion.chunk","created":%d,"model":' % created
-            + msgspec.json.encode(model)
-            + b',"choices":['
-        )
-        self._delta = self._head + b'{"index":0,"delta":'
-        self._text = self._delta + b'{"content":'
-        self._no_usage = b',"usage":null}\n\n' if self._final_usage else b"}\n\n"
-
-    @property
-    def shows_every_token(self) -> bool:
-        """Whether a token without text is sent too, for its usage."""
-        return self._continuous
-
-    def role(self, prompt_tokens: int) -> bytes:
-        return (
-            self._delta
-            + b'{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
-            + self._tail(prompt_tokens, 0)
-        )
-
-    def text(self, text: str, prompt_tokens: int, completion_tokens: int) -> bytes:
-        return (
-            self._text
-            + msgspec.json.encode(text)
-            + b'},"logprobs":null,"finish_reason":null}]'
-            + self._tail(prompt_tokens, completion_tokens)
-        )
-
-    def finish(self, reason: str, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> bytes:
-        """The last chunk of the choice, the usage if it was asked for, and the end."""
-        last = (
-            self._delta
-            + b'{},"logprobs":null,"finish_reason":'
-            + msgspec.json.encode(reason)
-            + b"}]"
-            + self._tail(prompt_tokens, completion_tokens)
-        )
-        if self._final_usage:
-            usage = usage_of(prompt_tokens, completion_tokens, cached_tokens)
-            last += self._head + b'],"usage":' + msgspec.json.encode(usage) + b"}\n\n"
-        return last + DONE
-
-    def _tail(self, prompt_tokens: int, completion_tokens: int) -> bytes:
-        return usage_tail(prompt_tokens, completion_tokens) if self._continuous else self._no_usage
-
-
-def usage_tail(prompt_tokens: int, completion_tokens: int) -> bytes:
-    return b',"usage":{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}}\n\n' % (
-        prompt_tokens,
-        completion_tokens,
-        prompt_tokens + completion_tokens,
-    )
-
-
-def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, object]:
-    """The usage of a whole answer, streamed or not."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
-    }
-
-
-def completion(
-    *,
-    request_id: str,
-    model: str,
-    created: int,
-    text: str,
-    finish_reason: str,
-    prompt_tokens: int,
-    completion_tokens: int,
-    cached_tokens: int,
-) -> bytes:
-    """The body of an answer that is not streamed."""
-    return msgspec.json.encode(
-        {
-            "id": f"chatcmpl-{request_id}",
-            "object": "chat.completion",
-            "created": created,
-            "model": model,
-            "choices": [
-                {
-                    "index": 0,
-                    "message": {"role": "assistant", "content": text, "refusal": None, "annotations": []},
-                    "logprobs": None,
-                    "finish_reason": finish_reason,
-                }
-            ],
-            "usage": usage_of(prompt_tokens, completion_tokens, cached_tokens),
-        }
-    )
 
 
 def error_body(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> bytes:

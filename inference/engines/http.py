@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from starlette.applications import Starlette
@@ -49,13 +49,25 @@ class ClientLeft(Exception):
     """Nobody waits for the answer any more."""
 
 
+class Spent(Protocol):
+    """What a request has cost so far."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(slots=True, eq=False)
+class Nothing:
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class Running:
     """One request, from its acceptance until its engine work has ended."""
 
     request_id: str
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    spent: Spent = field(default_factory=Nothing)
     aborted: bool = False
     begun: bool = False
     """The status line was sent."""
@@ -128,8 +140,8 @@ class WorkerApp:
         for running in ended:
             await running.ended.wait()
         reply = AbortReply(
-            prompt_tokens=sum(running.prompt_tokens for running in ended),
-            completion_tokens=sum(running.completion_tokens for running in ended),
+            prompt_tokens=sum(running.spent.prompt_tokens for running in ended),
+            completion_tokens=sum(running.spent.completion_tokens for running in ended),
         )
         return _json(msgspec.structs.asdict(reply))
 

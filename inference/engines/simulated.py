@@ -5,8 +5,12 @@ as around a real engine.
 
 A token is one word; a token id of a prompt is one of 32768, and each means a word. `prompt_tokens` is
 the number of whitespace-separated words in all messages, or in the prompt, at least 1. The answer
-depends on these alone: sampling fields are accepted and change nothing, except `max_tokens`, `stop`
-and `ignore_eos`, which are honoured.
+depends on these alone, and on which sample it is: sampling fields are accepted and change nothing,
+except `max_tokens`, `stop` and `ignore_eos`, which are honoured.
+
+A tool that must be called is called with arguments that its schema allows; one that may be called is
+when the last message is a user's and names it. An answer that must have a form is the first choice, or
+a value that the schema allows. `reasoning_effort` gives thoughts before the answer, more for more of it.
 
 Deployment arguments (`SimulatedArguments`):
 
@@ -29,6 +33,8 @@ given first:
     !cut [N]      the answer ends without a finish reason
     !error [N]    the engine fails this request and lives on
     !sick [N]     the engine fails this request and can never answer again
+    !think [N]    N tokens of reasoning before the answer, 8
+    !tool NAME    call this tool
     !garbage      an answer of text that breaks careless relays: framing, quotes, controls, markup
 
 For example `!tokens 40 !slow 0.2 !crash 10`. Words that are no command are ignored.
@@ -38,7 +44,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import itertools
 import os
 import re
@@ -46,7 +51,6 @@ import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from random import Random
 from typing import Annotated, Any
 
 import msgspec
@@ -60,15 +64,19 @@ from inference.engines.base import (
     check_token_ids,
     too_long,
 )
+from inference.engines.simulated_forms import formed_text
+from inference.engines.simulated_words import (
+    VOCABULARY_SIZE,
+    Telling,
+    digest,
+    echoed,
+    lorem,
+    split,
+    text_of,
+    token_id,
+)
 from inference.engines.stops import StopStrings
 from inference.protocol import Cause, Load, Progress
-
-_VOCABULARY = (
-    "steam whistle signal track engine turntable roundhouse coal water valve piston wheel rail "
-    "sleeper bridge tunnel station platform carriage buffer coupling driver fireman guard timetable "
-    "junction siding freight express local evening morning slowly gently onward north south"
-)
-_WORDS = _VOCABULARY.split()
 
 _GARBAGE = (
     "\n\n",
@@ -84,10 +92,9 @@ _GARBAGE = (
     "x" * 100_000,
 )
 
-VOCABULARY_SIZE = 32768
-
 _LOAD_STEPS = 20
 _CRASH_EXIT = 13
+_THOUGHTS = {"minimal": 2, "low": 4, "medium": 8, "high": 16, "xhigh": 32, "max": 64}
 _COUNTED = frozenset({"crash", "oom", "hang", "cut", "error", "sick"})
 
 _Duration = Annotated[float, msgspec.Meta(ge=0, le=3600)]
@@ -118,6 +125,8 @@ class _Script:
     tokens: int | None = None
     token_seconds: float | None = None
     garbage: bool = False
+    think: int | None = None
+    tool: str | None = None
     fault: str | None = None
     fault_at: int = 0
 
@@ -133,8 +142,20 @@ class SimulatedEngine:
             "seed",
             "frequency_penalty",
             "presence_penalty",
+            "n",
+            "echo",
+            "logprobs",
+            "top_logprobs",
+            "return_token_ids",
+            "tools",
+            "tool_choice",
+            "parallel_tool_calls",
+            "response_format",
+            "structured_outputs",
+            "reasoning_effort",
             "endpoint:chat",
             "endpoint:completions",
+            "endpoint:tokenize",
         }
     )
 
@@ -185,6 +206,7 @@ class SimulatedEngine:
                 prompt_tokens=prompt,
                 completion_tokens=0,
                 finish_reason=ended,
+                detail=echoed(request, text) if request.echo else None,
             )
             if ended is not None:
                 return
@@ -200,7 +222,11 @@ class SimulatedEngine:
         self, request: GenerationRequest, messages: list[dict[str, Any]], prompt: int, room: int
     ) -> AsyncGenerator[Delta, None]:
         script = _read_script(messages)
-        words, natural = self._words(messages, script)
+        words, natural = self._words(request, messages, script)
+        thoughts = _THOUGHTS.get(request.reasoning_effort or "", 0) if script.think is None else script.think
+        if thoughts:
+            words = itertools.chain(itertools.islice(lorem(b"thoughts"), thoughts), words)
+            natural += thoughts
         limit = min(room, request.sampling.max_tokens or room)
         if request.sampling.ignore_eos:
             natural = limit
@@ -208,10 +234,11 @@ class SimulatedEngine:
         else:
             ending = "length" if limit < natural else "stop"
         length = min(natural, limit)
-        stops = StopStrings(request.sampling.stop)
+        telling = Telling(request, messages, thoughts)
         pace = self._arguments.pace() if script.token_seconds is None else script.token_seconds
         started = time.monotonic()
         self._steps += 1  # the prompt is one step
+        stops = StopStrings(request.sampling.stop)
         for count in range(1, length + 1):
             if script.fault is not None and count == script.fault_at + 1:
                 if script.fault == "cut":
@@ -222,25 +249,34 @@ class SimulatedEngine:
             await self._moving.wait()
             self._steps += 1
             self._tokens += 1
-            text = stops.feed(next(words))
+            word = next(words)
+            text = stops.feed(word) if count > thoughts else ""
             if count == length and not stops.met:
                 text += stops.flush()
             finish = "stop" if stops.met else ending if count == length else None
-            yield Delta(text=text, prompt_tokens=prompt, completion_tokens=count, finish_reason=finish)
+            yield Delta(
+                text=text,
+                prompt_tokens=prompt,
+                completion_tokens=count,
+                finish_reason=finish,
+                detail=telling.of(count, word, text) if telling.needed else None,
+            )
             if finish is not None:
                 return
 
-    def _words(self, messages: list[dict[str, Any]], script: _Script) -> tuple[Iterator[str], int]:
+    def _words(
+        self, request: GenerationRequest, messages: list[dict[str, Any]], script: _Script
+    ) -> tuple[Iterator[str], int]:
         """The answer, going on for ever, and how many tokens it has when nothing else ends it."""
-        if script.garbage:
+        formed = formed_text(request, script.tool)
+        if script.garbage and formed is None:
             return itertools.cycle(_GARBAGE), script.tokens or len(_GARBAGE)
-        given = re.findall(r"\s*\S+", self._arguments.text) if self._arguments.text else []
+        given = split((self._arguments.text or "").rstrip() if formed is None else formed)
         if given:
             rest = itertools.cycle([word if word[0].isspace() else f" {word}" for word in given])
-            return itertools.chain(given, itertools.islice(rest, len(given), None)), script.tokens or len(
-                given
-            )
-        return _lorem(messages), script.tokens or self._arguments.tokens
+            natural = len(given) if formed is not None else script.tokens or len(given)
+            return itertools.chain(given, itertools.islice(rest, len(given), None)), natural
+        return lorem(digest(messages, request.sample)), script.tokens or self._arguments.tokens
 
     async def _fail(self, fault: str) -> None:
         if fault == "crash":
@@ -276,21 +312,29 @@ class SimulatedEngine:
     async def close(self) -> None:
         """Nothing to give back."""
 
+    async def tokenize(
+        self,
+        prompt: str | list[dict[str, Any]],
+        *,
+        special_tokens: bool,
+        generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> list[tuple[int, str]]:
+        """There are no special tokens, and no words around messages."""
+        if not isinstance(prompt, str):
+            prompt = " ".join(str(message.get("content") or "") for message in prompt)
+        return [(token_id(word), word) for word in prompt.split()]
+
+    async def detokenize(self, tokens: list[int]) -> str:
+        check_token_ids(tokens, VOCABULARY_SIZE, param="tokens")
+        return text_of(tokens)
+
 
 def _text_of(prompt: str | list[int]) -> str:
     if isinstance(prompt, str):
         return prompt
     check_token_ids(prompt, VOCABULARY_SIZE)
-    return " ".join(_WORDS[token % len(_WORDS)] for token in prompt)
-
-
-def _lorem(messages: list[dict[str, Any]]) -> Iterator[str]:
-    # Not Python's hash(): that differs between processes, and two replicas must say the same.
-    seed = hashlib.sha256(msgspec.json.encode(messages)).digest()
-    choose = Random(seed)  # noqa: S311 - words for show
-    yield choose.choice(_WORDS).capitalize()
-    while True:
-        yield " " + choose.choice(_WORDS)
+    return text_of(prompt)
 
 
 def _read_script(messages: list[dict[str, Any]]) -> _Script:
@@ -308,6 +352,10 @@ def _read_script(messages: list[dict[str, Any]]) -> _Script:
             found["token_seconds"] = value
         elif name == "garbage":
             found["garbage"] = True
+        elif name == "think":
+            found["think"] = 8 if value is None else int(value)
+        elif name == "tool":
+            found["tool"] = words[at + 1] if at + 1 < len(words) else None
         elif name in _COUNTED:
             found.update(fault=name, fault_at=int(value or 0))
     return _Script(**found)

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO, cast
 
@@ -70,7 +70,7 @@ def engine_environment(base: Mapping[str, str], extra: Mapping[str, str], secret
 
 
 class EngineProcess:
-    """One child, started once."""
+    """One child, started once: an engine of ours, behind our own HTTP server."""
 
     def __init__(
         self,
@@ -101,16 +101,15 @@ class EngineProcess:
 
     async def start(self) -> None:
         """Take the port and start the child. Raises PortTaken."""
-        listener = self._listen()
+        listener = self._take_port(listen=True)
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         read_fd, write_fd = os.pipe()
-        self._memory_kills = memory_kills()
         assignment = self._spec.assignment
         # Our copies of the child's ends are closed at once: a child that dies then resets its clients'
         # connections by itself, and its log and control socket end with it.
         try:
-            self._popen = subprocess.Popen(  # noqa: ASYNC220 - a few ms, once, with nothing beside it
+            popen = self._start_child(
                 [
                     sys.executable,
                     "-m",
@@ -118,19 +117,17 @@ class EngineProcess:
                     f"--fd={listener.fileno()}",
                     f"--control={theirs.fileno()}",
                 ],
+                prints_to=write_fd,
                 stdin=subprocess.PIPE,
-                stdout=write_fd,
-                stderr=write_fd,
                 pass_fds=(listener.fileno(), theirs.fileno()),
-                env=engine_environment(os.environ, assignment.environment, self._secret),
+                environment=engine_environment(os.environ, assignment.environment, self._secret),
             )
         finally:
             listener.close()
             theirs.close()
             os.close(write_fd)
-        self.pid = self._popen.pid
-        self._watch_exit(self._popen)
-        await self._connect(ours, read_fd)
+        await self._follow_log(read_fd)
+        await self._follow_messages(ours)
         spec = EngineProcessSpec(
             engine=assignment.engine,
             slots=assignment.slots,
@@ -139,7 +136,7 @@ class EngineProcess:
             chat_template=assignment.model.chat_template,
             arguments=assignment.arguments,
         )
-        stdin = cast(IO[bytes], self._popen.stdin)  # PIPE above
+        stdin = cast(IO[bytes], popen.stdin)  # PIPE above
         with contextlib.suppress(BrokenPipeError), stdin:  # a child that died already says so by its exit
             stdin.write(msgspec.json.encode(spec))
 
@@ -192,15 +189,40 @@ class EngineProcess:
     def killed_for_memory(self) -> bool:
         return memory_kills() > self._memory_kills
 
-    def _listen(self) -> socket.socket:
+    def _start_child(
+        self,
+        command: list[str],
+        *,
+        prints_to: int,
+        environment: Mapping[str, str],
+        stdin: int = subprocess.DEVNULL,
+        pass_fds: Collection[int] = (),
+        own_group: bool = False,
+    ) -> subprocess.Popen[bytes]:
+        self._memory_kills = memory_kills()
+        popen = self._popen = subprocess.Popen(
+            command,
+            stdin=stdin,
+            stdout=prints_to,
+            stderr=prints_to,
+            pass_fds=pass_fds,
+            env=environment,
+            start_new_session=own_group,
+        )
+        self.pid = popen.pid
+        self._watch_exit(popen)
+        return popen
+
+    def _take_port(self, *, listen: bool) -> socket.socket:
+        """A socket at the worker's address, which `url` names from now on. Raises PortTaken."""
         host, port = self._spec.listen_host, self._spec.port
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
-            # Listening here, not in the child, settles at once who has the port.
-            listener.listen(_BACKLOG)
+            if listen:  # here, not in the child: that settles at once who has the port
+                listener.listen(_BACKLOG)
         except OSError as error:
             listener.close()
             reason = os.strerror(error.errno) if error.errno else "unknown reason"
@@ -209,14 +231,16 @@ class EngineProcess:
         self.url = f"http://[{host}]:{bound}" if ":" in host else f"http://{host}:{bound}"
         return listener
 
-    async def _connect(self, control: socket.socket, log_fd: int) -> None:
-        loop = asyncio.get_running_loop()
+    async def _follow_messages(self, control: socket.socket) -> None:
         messages, self._control = await asyncio.open_connection(sock=control, limit=1024 * 1024)
+        self._readers.add(asyncio.create_task(self._hear(messages)))
+
+    async def _follow_log(self, log_fd: int) -> None:
         lines = asyncio.StreamReader()
-        await loop.connect_read_pipe(
+        await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(lines), os.fdopen(log_fd, "rb", buffering=0)
         )
-        self._readers = {asyncio.create_task(self._hear(messages)), asyncio.create_task(self._copy(lines))}
+        self._readers.add(asyncio.create_task(self._copy(lines)))
 
     async def _hear(self, messages: asyncio.StreamReader) -> None:
         with contextlib.suppress(ConnectionError):
@@ -233,7 +257,10 @@ class EngineProcess:
 
     async def _copy(self, lines: asyncio.StreamReader) -> None:
         while data := await lines.read(65536):
-            self._log.write(data)
+            self._printed(data)
+
+    def _printed(self, data: bytes) -> None:
+        self._log.write(data)
 
     def _watch_exit(self, popen: subprocess.Popen[bytes]) -> None:
         loop = asyncio.get_running_loop()

@@ -36,6 +36,7 @@ from inference.worker.spec import (
     ProcessState,
     WorkerSpec,
 )
+from inference.worker.vllm_process import VllmProcess
 
 _WATCH_SECONDS = 0.5
 _DRAIN_POLL_SECONDS = 0.1
@@ -78,7 +79,8 @@ class Supervisor:
         """The process's exit code: 0 when it ended because it was told to, 1 when it failed."""
         timeout = aiohttp.ClientTimeout(total=10)
         async with aiohttp.ClientSession(trust_env=False, timeout=timeout) as session:
-            self._engine = EngineProcess(
+            process = VllmProcess if self._who.engine == "vllm" else EngineProcess
+            self._engine = process(
                 self._spec, session, on_progress=self._on_progress, on_ready=self._on_ready
             )
             self._heartbeat = Heartbeat(

@@ -15,7 +15,8 @@ from openai_api.parsing import missing
 
 Int = Annotated[int, msgspec.Meta(ge=limits.INT64_MIN, le=limits.INT64_MAX)]
 Tokens = Annotated[int, msgspec.Meta(ge=1, le=limits.INT64_MAX)]
-TokenId = Annotated[int, msgspec.Meta(ge=0, le=limits.INT64_MAX)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=limits.TOKEN_ID_MAX)]
+TokenIds = Annotated[list[TokenId], msgspec.Meta(max_length=limits.LISTED_TOKENS)]
 Penalty = Annotated[float, msgspec.Meta(ge=-limits.PENALTY_MAX, le=limits.PENALTY_MAX)]
 StopList = Annotated[list[str], msgspec.Meta(max_length=limits.STOP_STRINGS)]
 ModelName = Annotated[str, msgspec.Meta(max_length=limits.MODEL_NAME_LENGTH)]

@@ -8,24 +8,12 @@ import msgspec
 
 from openai_api import limits
 from openai_api.errors import InvalidRequest
-from openai_api.parsing import missing
+from openai_api.parsing import invalid, missing
 from openai_api.protocol.call import Optional, Tokens
+from openai_api.protocol.messages import ChatMessage, check_messages, forwarded_messages
 from openai_api.protocol.sampled import NEUTRAL, Sampled
-
-
-class ContentPart(msgspec.Struct, omit_defaults=True):
-    type: str
-    text: str | None = None
-
-
-class ChatMessage(msgspec.Struct, omit_defaults=True):
-    role: Literal["developer", "system", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[ContentPart], msgspec.Meta(max_length=limits.CONTENT_PARTS)] | None = None
-    name: str | None = None
-    tool_calls: Annotated[list[dict[str, Any]], msgspec.Meta(max_length=limits.TOOLS)] | None = None
-    tool_call_id: str | None = None
-    function_call: dict[str, Any] | None = None
-    audio: dict[str, Any] | None = None
+from openai_api.protocol.structured import check_format
+from openai_api.protocol.tools import check_choice, check_tools, names_one, narrowed
 
 
 class ChatCompletionRequest(Sampled, kw_only=True):
@@ -35,9 +23,9 @@ class ChatCompletionRequest(Sampled, kw_only=True):
         None
     )
     max_completion_tokens: Tokens | None = None
-    modalities: list[str] | None = None
+    modalities: list[Literal["text", "audio"]] | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     web_search_options: dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
     audio: dict[str, Any] | None = None
@@ -45,14 +33,19 @@ class ChatCompletionRequest(Sampled, kw_only=True):
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=limits.TOP_LOGPROBS)] | None = None
     tools: Annotated[list[dict[str, Any]], msgspec.Meta(max_length=limits.TOOLS)] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     function_call: str | dict[str, Any] | None = None
     functions: Annotated[list[dict[str, Any]], msgspec.Meta(max_length=limits.TOOLS)] | None = None
     # The engines' extras.
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    documents: list[dict[str, Any]] | None = None
+    include_reasoning: bool | None = None
+    documents: Annotated[list[dict[str, Any]], msgspec.Meta(max_length=limits.RAG_DOCUMENTS)] | None = None
     chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: (
+        Annotated[dict[str, str | int | float | bool | None], msgspec.Meta(max_length=limits.TEMPLATE_VALUES)]
+        | None
+    ) = None
 
     optional: ClassVar[Optional] = Optional(
         {
@@ -66,74 +59,109 @@ class ChatCompletionRequest(Sampled, kw_only=True):
             "logprobs": (False,),
             "top_logprobs": (0,),
             "tools": ([],),
-            "tool_choice": ("none", "auto"),
+            "tool_choice": ("auto",),
+            "parallel_tool_calls": (True,),
             "function_call": ("none", "auto"),
             "functions": ([],),
-            "echo": (False,),
+            "add_special_tokens": (False,),
             "add_generation_prompt": (True,),
             "continue_final_message": (False,),
+            "include_reasoning": (True,),
             "documents": ([],),
             "chat_template": (),
             "chat_template_kwargs": ({},),
         }
     )
 
+    @property
+    def most_tokens(self) -> int | None:
+        # The newer name wins.
+        return self.max_completion_tokens or self.max_tokens
+
     def check(self) -> None:
         Sampled.check(self)
         if self.messages is None:
             raise missing("messages")
-        for at, message in enumerate(self.messages):
-            _check_message(message, at)
+        if self.echo:
+            raise _refused("echo")
+        check_messages(self.messages)
+
+    def check_asked(self, asked: frozenset[str]) -> None:
+        Sampled.check_asked(self, asked)
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest(
                 "'top_logprobs' is only allowed when 'logprobs' is enabled.",
                 param="top_logprobs",
                 code="invalid_value",
             )
-        if self.tool_choice not in (None, "none", "auto") and not self.tools:
-            raise InvalidRequest(
-                "'tool_choice' is only allowed when 'tools' are specified.",
-                param="tool_choice",
-                code="invalid_value",
+        if self.tools:
+            check_tools(self.tools)
+        if self.tool_choice is not None:
+            check_choice(self.tool_choice, self.tools)
+        if self.response_format is not None:
+            check_format(self.response_format)
+        if self.structured_outputs is not None and names_one(self.tool_choice):
+            raise invalid("structured_outputs", "it cannot be used together with a named 'tool_choice'.")
+        if self.chat_template is not None:
+            raise _refused("chat_template")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise invalid(
+                "continue_final_message", "it cannot be used together with 'add_generation_prompt'."
             )
+        for name in self.chat_template_kwargs or ():
+            if name in _TEMPLATES_OWN:
+                raise invalid("chat_template_kwargs", f"'{name}' is not a value for the template.")
+
+    def needs(self) -> frozenset[str]:
+        asked = Sampled.needs(self)
+        # Without tools they ask for nothing.
+        return asked if not asked or self.tools else asked - _OF_TOOLS
 
     def forwarded(self, needs: frozenset[str]) -> bytes:
         body = self._passed_on(needs)
-        body["messages"] = self.messages
-        # The newer name wins; engines all know the older one.
-        max_tokens = self.max_completion_tokens or self.max_tokens
-        if max_tokens is not None:
-            body["max_tokens"] = max_tokens
+        body["messages"] = forwarded_messages(self.messages or [])
+        # Engines all know the older name.
+        if self.most_tokens is not None:
+            body["max_tokens"] = self.most_tokens
         return msgspec.json.encode(body)
 
+    def _reword(self, body: dict[str, Any], needs: frozenset[str]) -> None:
+        Sampled._reword(self, body, needs)
+        if self.tools and "tool_choice" in needs:
+            body["tools"], body["tool_choice"] = narrowed(self.tools, self.tool_choice)
+        if self.continue_final_message:
+            # Engines add the prompt unless told otherwise, and refuse both.
+            body["add_generation_prompt"] = False
 
-def _check_message(message: ChatMessage, at: int) -> None:
-    if message.content is None:
-        if message.role != "assistant" or not (message.tool_calls or message.function_call):
-            raise missing(f"messages[{at}].content")
-    elif not isinstance(message.content, str):
-        if not message.content:
-            raise InvalidRequest(
-                f"Invalid 'messages[{at}].content': empty array. Expected at least one part.",
-                param=f"messages[{at}].content",
-                code="empty_array",
-            )
-        for index, part in enumerate(message.content):
-            if part.type != "text":
-                raise InvalidRequest(
-                    f"Invalid value: '{part.type[:100]}'. This model reads text only: "
-                    "use content parts of type 'text'.",
-                    param=f"messages[{at}].content[{index}].type",
-                    code="unsupported_value",
-                )
-            if part.text is None:
-                raise missing(f"messages[{at}].content[{index}].text")
-    if message.role == "tool" and message.tool_call_id is None:
-        raise missing(f"messages[{at}].tool_call_id")
-    for field in ("function_call", "audio"):
-        if getattr(message, field) is not None:
-            raise InvalidRequest(
-                f"'messages[{at}].{field}' is not supported.",
-                param=f"messages[{at}].{field}",
-                code="unsupported_value",
-            )
+
+def _refused(field: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"Unsupported value: '{field}' is not accepted here. Leave it out.",
+        param=field,
+        code="unsupported_value",
+    )
+
+
+_OF_TOOLS = frozenset({"tool_choice", "parallel_tool_calls"})
+
+_TEMPLATES_OWN = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "documents",
+        "max_length",
+        "messages",
+        "padding",
+        "processor_kwargs",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
+"""Arguments of the function that renders templates, which a value of the same name would replace."""

@@ -19,11 +19,14 @@ class CompletionRequest(Sampled, kw_only=True):
     max_tokens: Annotated[int, msgspec.Meta(ge=0, le=limits.INT64_MAX)] | None = None
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=limits.TOP_LOGPROBS)] | None = None
     suffix: str | None = None
-    add_special_tokens: bool | None = None
 
     optional: ClassVar[Optional] = Optional(
         {**NEUTRAL, "logprobs": (), "suffix": ("",), "add_special_tokens": (True,)}
     )
+
+    @property
+    def most_tokens(self) -> int | None:
+        return COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
     def check(self) -> None:
         Sampled.check(self)
@@ -36,7 +39,7 @@ class CompletionRequest(Sampled, kw_only=True):
     def forwarded(self, needs: frozenset[str]) -> bytes:
         body = self._passed_on(needs)
         body["prompt"] = self.prompt
-        body["max_tokens"] = COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+        body["max_tokens"] = self.most_tokens
         if self.echo:
             body["echo"] = True
         return msgspec.json.encode(body)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
 from openai_api import limits
 from openai_api.parsing import missing
 from openai_api.protocol.call import (
-    NOTHING,
     Call,
     Kept,
+    Optional,
     TokenId,
     TokenList,
     empty_string,
@@ -28,6 +28,25 @@ class EmbeddingRequest(Call, kw_only=True):
     dimensions: Annotated[int, msgspec.Meta(ge=1, le=limits.INT64_MAX)] | None = None
     truncate_prompt_tokens: Kept | None = None
     """Longer inputs are cut to so many tokens, -1: to the model's limit; null: they are refused."""
+    # The engines' extras.
+    truncation_side: Literal["left", "right"] | None = None
+    add_special_tokens: bool | None = None
+    embed_dtype: str | None = None
+    endianness: str | None = None
+    normalize: bool | None = None
+    messages: list[dict[str, Any]] | None = None
+
+    optional: ClassVar[Optional] = Optional(
+        {
+            "dimensions": (),
+            "truncation_side": ("right",),
+            "add_special_tokens": (True,),
+            "embed_dtype": ("float32",),
+            "endianness": ("native", "little"),
+            "normalize": (True,),
+            "messages": ([],),
+        }
+    )
 
     def check(self) -> None:
         Call.check(self)
@@ -40,7 +59,7 @@ class EmbeddingRequest(Call, kw_only=True):
             raise empty_string("input")
 
     def needs(self) -> frozenset[str]:
-        return NOTHING if self.dimensions is None else _DIMENSIONS
+        return self.optional.asked(self)
 
     def forwarded(self, needs: frozenset[str]) -> bytes:
         body: dict[str, Any] = {
@@ -48,11 +67,8 @@ class EmbeddingRequest(Call, kw_only=True):
             "input": several(self.input, "input"),
             "encoding_format": self.encoding_format or "float",
         }
-        if needs:
-            body["dimensions"] = self.dimensions
+        for name in needs:
+            body[name] = getattr(self, name)
         if self.truncate_prompt_tokens is not None:
             body["truncate_prompt_tokens"] = self.truncate_prompt_tokens
         return msgspec.json.encode(body)
-
-
-_DIMENSIONS = frozenset({"dimensions"})

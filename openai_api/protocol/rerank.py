@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
 from openai_api import limits
 from openai_api.parsing import missing
-from openai_api.protocol.call import Call, Kept, empty_string
+from openai_api.protocol.call import Call, Kept, Optional, Tokens, empty_string
 
 
 class RerankDocument(msgspec.Struct):
@@ -26,6 +26,22 @@ class RerankRequest(Call, kw_only=True):
     top_n: Annotated[int, msgspec.Meta(ge=1, le=limits.INT64_MAX)] | None = None
     return_documents: bool | None = None
     truncate_prompt_tokens: Kept | None = None
+    # Extras of Cohere's and of the engines.
+    max_chunks_per_doc: Tokens | None = None
+    rank_fields: list[str] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    use_activation: bool | None = None
+    instruction: str | None = None
+
+    optional: ClassVar[Optional] = Optional(
+        {
+            "max_chunks_per_doc": (),
+            "rank_fields": ([], ["text"]),
+            "truncation_side": ("right",),
+            "use_activation": (True,),
+            "instruction": ("",),
+        }
+    )
 
     def check(self) -> None:
         Call.check(self)
@@ -36,6 +52,9 @@ class RerankRequest(Call, kw_only=True):
         if self.documents is None:
             raise missing("documents")
 
+    def needs(self) -> frozenset[str]:
+        return self.optional.asked(self)
+
     def forwarded(self, needs: frozenset[str]) -> bytes:
         documents = [one if isinstance(one, str) else one.text for one in self.documents or ()]
         body: dict[str, Any] = {"model": self.model, "query": self.query, "documents": documents}
@@ -45,4 +64,6 @@ class RerankRequest(Call, kw_only=True):
             body["return_documents"] = self.return_documents
         if self.truncate_prompt_tokens is not None:
             body["truncate_prompt_tokens"] = self.truncate_prompt_tokens
+        for name in needs:
+            body[name] = getattr(self, name)
         return msgspec.json.encode(body)

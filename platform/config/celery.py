@@ -8,4 +8,4 @@ from celery import Celery
 # connections, and the fixup would load every URL and close every connection before each task.
 app = Celery("roundhouse", fixups=())
 app.config_from_object("django.conf:settings", namespace="CELERY")
-app.autodiscover_tasks(["inference"])
+app.autodiscover_tasks(["inference", "openai_api"])

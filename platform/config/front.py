@@ -35,19 +35,23 @@ from inference.http import (
     new_request_id,
     request_id_now,
 )
-from openai_api.consumers import Answers, OpenApiDocument, UnknownUrls
-from openai_api.endpoints import ENDPOINTS
+from openai_api.consumers import Answers, OfEngine, OpenApiDocument, TokenCheckUp, UnknownUrls
+from openai_api.endpoints import EMBEDDINGS, ENDPOINTS
 from openai_api.gateway import Gateway
-from openai_api.health import Alive, Metrics, Ready, RedisProbe
+from openai_api.health import Alive, Answering, Metrics, Ready, RedisProbe, Version
+from openai_api.responses.consumers import CancelResponse, InputItems, OneResponse
 from webchat.consumers import Chat, ChatSocket
 
 logger = logging.getLogger("roundhouse.http")
 
-API = ("/v1/", "/v2/", "/fleet/")
+API = ("/v1/", "/v2/", "/fleet/", "/api/v1/", "/tokenize", "/detokenize", "/score")
 """Paths whose every answer is JSON for programs."""
 
-PROBES = ("/healthz", "/readyz")
+PROBES = ("/healthz", "/readyz", "/health")
 """Asked by address, by machines; they tell nothing worth protecting."""
+
+RESPONSE = r"v1/responses/(?P<response_id>resp_[A-Za-z0-9_]{1,59})"
+"""One that is kept, in URLs."""
 
 PAGE_HEADERS: dict[bytes, bytes] = {
     b"x-content-type-options": b"nosniff",
@@ -62,6 +66,7 @@ API_HEADERS: dict[bytes, bytes] = {
     b"x-content-type-options": b"nosniff",
     b"referrer-policy": b"no-referrer",
     b"cache-control": b"no-store",
+    b"openai-version": b"2020-10-01",
 }
 EXPOSED = b"x-request-id, openai-processing-ms, retry-after"
 HEADER_LIST = re.compile(rb"[A-Za-z0-9, _-]{1,2000}")
@@ -105,15 +110,25 @@ class Front:
                 *(path(one.path[1:], Answers.as_asgi(gateway=gateway, endpoint=one)) for one in ENDPOINTS),
                 *fleet_routes(gateway.fleet, gateway.beats),
                 path("healthz", Alive.as_asgi()),
+                path("health", Answering.as_asgi(gateway=gateway)),
+                path("version", Version.as_asgi()),
+                path("api/v1/token_check", TokenCheckUp.as_asgi(gateway=gateway)),
+                path(
+                    "v1/engines/<path:model>/embeddings",
+                    OfEngine.as_asgi(gateway=gateway, endpoint=EMBEDDINGS),
+                ),
                 path(
                     "readyz",
                     Ready.as_asgi(gateway=gateway, redis=RedisProbe(settings.ROUNDHOUSE_REDIS_URL)),
                 ),
                 path("metrics", Metrics.as_asgi(gateway=gateway, token=settings.ROUNDHOUSE_METRICS_TOKEN)),
+                re_path(rf"^{RESPONSE}\Z", OneResponse.as_asgi(gateway=gateway)),
+                re_path(rf"^{RESPONSE}/cancel\Z", CancelResponse.as_asgi(gateway=gateway)),
+                re_path(rf"^{RESPONSE}/input_items\Z", InputItems.as_asgi(gateway=gateway)),
                 path("v1/openapi.json", OpenApiDocument.as_asgi()),
                 re_path(r"^v1/models(/.+)?\Z", django),
                 re_path(r"^v1/organization/usage/completions\Z", django),
-                re_path(r"^(v1|v2|fleet)(/|\Z)", UnknownUrls.as_asgi()),
+                re_path(r"^(v1|v2|fleet|api/v1|tokenize|detokenize|score)(/|\Z)", UnknownUrls.as_asgi()),
                 re_path(r"", django),
             ]
         )
@@ -195,6 +210,9 @@ class Front:
                     if header[0] not in present:
                         out.append(header)
                 out.append((b"x-request-id", request_id.encode()))
+                if url.startswith("/v1/messages"):
+                    # What Anthropic's clients read it from.
+                    out.append((b"request-id", request_id.encode()))
                 if is_api:
                     out.append((b"openai-processing-ms", b"%d" % ((time.monotonic() - began) * 1000)))
                 out.extend(cors)

@@ -25,6 +25,7 @@ from openai import AsyncOpenAI
 
 from config.front import Front, make_application
 from config.server import WEBSOCKETS, GatewayProtocol, GatewayServer
+from inference.engines.simulated import SimulatedEngine
 from registry.actions.events import publish_change
 from registry.keys import worker_secret
 from registry.models import UsageEvent
@@ -34,7 +35,8 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKER_ID = 7001
 ROUTE = "org/sim"
 FIELDS = ["temperature", "top_p", "top_k", "stop", "ignore_eos", "seed"]
-CAPABILITIES = [*FIELDS, "endpoint:chat", "endpoint:completions"]
+"""Of a worker that honours hardly anything."""
+CAPABILITIES = sorted(SimulatedEngine.capabilities)
 
 
 def eventually(question: Callable[[], Any], what: str, *, seconds: float = 10.0, every: float = 0.02) -> Any:

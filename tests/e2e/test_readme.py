@@ -2,62 +2,37 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
 import sys
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 
-from tests.e2e.conftest import ROOT, Roundhouse
+from tests.e2e.conftest import Roundhouse
+from tests.e2e.documented import block, blocks, clone, run, with_facts_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.timeout(600)]
 
-README = (ROOT / "README.md").read_text()
+MAKE = [one for one in blocks("README", "bash") if one.text.startswith("make")]
+CURL = block("README", "curl http")
+PYTHON = block("README", "import openai")
+RUN = [*MAKE, CURL, PYTHON]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def test_make_knows_how_to_run_its_two_commands(roundhouse: Roundhouse, tmp_path: Path):
+    """What they start is run by the tests beside this one; here, that they are these words."""
+    assert [one.text for one in MAKE] == ["make up\n", "make test\n"]
+    folder = clone(tmp_path, roundhouse.data)
+    planned = [run(one.text.replace("make", "make -n"), folder, {**roundhouse.environment}) for one in MAKE]
+    assert "manage.py up" in planned[0].stdout
+    assert "-m tests.run" in planned[1].stdout
 
 
-@pytest.fixture
-def clone(roundhouse: Roundhouse, tmp_path: Path) -> Path:
-    """A folder in which `var/` is the data folder, as in a clone."""
-    (tmp_path / "var").symlink_to(roundhouse.data)
-    return tmp_path
+def test_its_curl_answers(roundhouse: Roundhouse, tmp_path: Path):
+    folder = clone(tmp_path, roundhouse.data)
+    assert "Tokyo" in run(with_facts_of(roundhouse, CURL), folder, roundhouse.environment).stdout
 
 
-def test_its_two_commands_are_targets_of_the_makefile():
-    makefile = (ROOT / "Makefile").read_text()
-    commands = [block.strip() for block in blocks("bash") if block.startswith("make")]
-    assert commands == ["make up", "make test"]
-    for command in commands:
-        assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE)
-
-
-def test_its_curl_answers(roundhouse: Roundhouse, clone: Path):
-    (example,) = [block for block in blocks("bash") if "curl" in block]
-    port = urlsplit(roundhouse.credentials["base_url"]).port
-    done = subprocess.run(
-        ["bash", "-ec", example.replace(":8000/", f":{port}/")],
-        cwd=clone,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "Tokyo" in done.stdout
-
-
-def test_its_python_answers(clone: Path):
-    (example,) = blocks("python")
-    done = subprocess.run(
-        [sys.executable, "-c", example],
-        cwd=clone,
-        env=dict(os.environ),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "Tokyo" in done.stdout
+def test_its_python_answers(roundhouse: Roundhouse, tmp_path: Path):
+    folder = clone(tmp_path, roundhouse.data)
+    (folder / "example.py").write_text(PYTHON.text)
+    assert "Tokyo" in run(f"{sys.executable} example.py", folder, roundhouse.environment).stdout

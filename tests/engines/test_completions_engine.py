@@ -112,3 +112,22 @@ async def test_a_real_model_goes_on_to_paris_as_generate_does(smollm2: Path) -> 
         got = text_of(await deltas(engine, ask(PROMPTS[0])))
     assert got == continuation(smollm2, PROMPTS[0], 12)
     assert "Paris" in got
+
+
+async def test_tokens_are_the_tokenizers_and_give_the_text_back(folder: Path) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "Hello"}]
+    async with serving(folder) as engine:
+        text = await engine.tokenize(PROMPTS[0], special_tokens=False)
+        chat = await engine.tokenize(messages, special_tokens=False)
+        closed = await engine.tokenize(messages, special_tokens=False, generation_prompt=False)
+        assert await engine.detokenize([token for token, _ in text]) == PROMPTS[0]
+        with pytest.raises(BadRequest) as refused:
+            await engine.detokenize([10**6])
+    ids = tokenizer(PROMPTS[0], add_special_tokens=False)["input_ids"]
+    assert text == list(zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True))
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert [token for token, _ in chat] == rendered
+    assert chat[: len(closed)] == closed
+    assert len(closed) < len(chat)
+    assert refused.value.param == "tokens"

@@ -29,6 +29,7 @@ from inference.protocol import Cause, Progress
 from tests.engines.tiny_bert import CONTEXT, make_tiny_encoder, make_tiny_reranker, write
 from tests.engines.tiny_model import make_tiny_llama
 
+COMPARING = {"endpoint:rerank", "endpoint:score", "endpoint:tokenize"}
 TEXTS = ["king", "a queen and her tractor", "b2", "the roundhouse keeps the engines 42", "z"]
 
 
@@ -415,12 +416,12 @@ async def test_loading_tells_its_steps_and_its_capabilities(plain: Path, reranke
     try:
         assert [step.step for step in told] == ["loading weights", "loading weights", "warming up"]
         assert told[1].done == told[1].total > 0
-        assert engine.capabilities == {"endpoint:embeddings", "endpoint:rerank"}
+        assert engine.capabilities == COMPARING | {"endpoint:embeddings"}
         assert engine.healthy()
     finally:
         await engine.close()
     async with serving(reranker) as ranking:
-        assert ranking.capabilities == {"endpoint:rerank"}
+        assert ranking.capabilities == COMPARING
 
 
 @pytest.mark.parametrize(
@@ -531,6 +532,50 @@ async def test_a_model_of_another_kind_is_refused_with_what_to_do(tmp_path: Path
     llama = await cause_of(make_tiny_llama(tmp_path / "llama"))
     assert llama.cause == Cause.BAD_ARGUMENT
     assert "transformers engine" in llama.detail
+
+
+# -- scores and tokens
+
+
+async def test_a_score_is_the_cosine_of_an_encoders_vectors(plain: Path) -> None:
+    vectors = as_sentence_transformers(plain, TEXTS)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    async with asking(plain) as client:
+        one = (await client.post("/v1/score", json={"text_1": TEXTS[0], "text_2": TEXTS})).json()
+        each = (await client.post("/v1/score", json={"text_1": TEXTS, "text_2": TEXTS[::-1]})).json()
+        uneven = await refused(client, "/v1/score", {"text_1": ["a", "b"], "text_2": ["a"]})
+        empty = await refused(client, "/v1/score", {"text_1": "a", "text_2": ["a", ""]})
+    assert np.allclose([found["score"] for found in one["data"]], unit @ unit[0], atol=1e-5)
+    pairs = (unit * unit[::-1]).sum(axis=1)
+    assert np.allclose([found["score"] for found in each["data"]], pairs, atol=1e-5)
+    assert [found["index"] for found in one["data"]] == list(range(len(TEXTS)))
+    assert (one["object"], one["data"][0]["object"], one["model"]) == ("list", "score", "tiny")
+    assert one["usage"]["prompt_tokens"] == one["usage"]["total_tokens"] > 0
+    assert (uneven["param"], empty["param"]) == ("text_1", "text_2")
+
+
+async def test_a_cross_encoder_scores_pairs(reranker: Path) -> None:
+    reference = CrossEncoder(str(reranker), device="cpu", local_files_only=True)
+    wanted = reference.predict([("ab", "cd"), ("ef", "g")], show_progress_bar=False)
+    async with asking(reranker) as client:
+        body = {"text_1": ["ab", "ef"], "text_2": ["cd", "g"]}
+        found = (await client.post("/v1/score", json=body)).json()
+    assert np.allclose([one["score"] for one in found["data"]], wanted, atol=1e-5)
+
+
+async def test_tokens_of_a_text_and_back(plain: Path) -> None:
+    async with asking(plain) as client:
+        framed = (await client.post("/tokenize", json={"prompt": "king", "return_token_strs": True})).json()
+        bare = (await client.post("/tokenize", json={"prompt": "king", "add_special_tokens": False})).json()
+        back = (await client.post("/detokenize", json={"tokens": bare["tokens"]})).json()
+        talk = await refused(client, "/tokenize", {"messages": [{"role": "user", "content": "x"}]})
+        beyond = await refused(client, "/detokenize", {"tokens": [10**6]})
+    assert framed["tokens"][1:-1] == bare["tokens"]
+    assert framed["count"] == len(framed["tokens"]) == len(framed["token_strs"]) == bare["count"] + 2
+    assert bare["max_model_len"] == CONTEXT
+    assert bare["token_strs"] is None
+    assert back["prompt"].replace(" ", "") == "king"
+    assert (talk["param"], beyond["param"]) == ("messages", "tokens")
 
 
 # -- a real model

@@ -1,27 +1,39 @@
 """The HTTP face of the embedding engine.
 
-POST /v1/embeddings   POST /v1/rerank   and what every engine has (inference.engines.http)
+    POST /v1/embeddings   POST /v1/rerank   POST /v1/score   POST /tokenize   POST /detokenize
+
+and what every engine has (inference.engines.http).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Awaitable, Callable
+from functools import partial
 
+import msgspec
 from starlette.types import Receive, Scope, Send
 
 from inference.engines.base import BadRequest, EngineError
 from inference.engines.embedding.engine import EmbeddingEngine
 from inference.engines.embedding.requests import (
+    DetokenizeRequest,
     EmbeddingsRequest,
     RerankRequest,
+    ScoreRequest,
+    TokenizeRequest,
     documents_of,
     embeddings_answer,
     inputs_of,
     parse,
+    prompt_of,
     rerank_answer,
+    score_answer,
+    sides_of,
+    tokens_answer,
 )
 from inference.engines.http import (
     FAILED,
@@ -48,17 +60,15 @@ class EmbeddingApp(WorkerApp):
             engine,
             slots=slots,
             served_name=served_name,
-            answers={"/v1/embeddings": self.embeddings, "/v1/rerank": self.rerank},
+            answers={
+                "/v1/embeddings": partial(self._answer, self._embed),
+                "/v1/rerank": partial(self._answer, self._rerank),
+                "/v1/score": partial(self._answer, self._score),
+                "/tokenize": partial(self._answer, self._tokenize),
+                "/detokenize": partial(self._answer, self._detokenize),
+            },
         )
         self._engine = engine
-
-    async def embeddings(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; returns when the answer is sent or nobody waits for it."""
-        await self._answer(scope, receive, send, self._embed)
-
-    async def rerank(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As `embeddings`."""
-        await self._answer(scope, receive, send, self._rerank)
 
     async def _embed(self, running: Running, body: bytes) -> bytes:
         request = parse(body, EmbeddingsRequest)
@@ -66,7 +76,7 @@ class EmbeddingApp(WorkerApp):
         answer = await self._engine.embed(
             inputs, dimensions=request.dimensions, keep=request.truncate_prompt_tokens
         )
-        running.prompt_tokens = answer.prompt_tokens
+        running.spent.prompt_tokens = answer.prompt_tokens
         model = request.model or self._served_name
         if answer.rows.size <= INLINE_NUMBERS:
             return embeddings_answer(request, answer, model)
@@ -76,7 +86,7 @@ class EmbeddingApp(WorkerApp):
         request = parse(body, RerankRequest)
         texts = documents_of(request)
         answer = await self._engine.rerank(request.query, texts, keep=request.truncate_prompt_tokens)
-        running.prompt_tokens = answer.prompt_tokens
+        running.spent.prompt_tokens = answer.prompt_tokens
         return rerank_answer(
             request,
             texts,
@@ -85,13 +95,36 @@ class EmbeddingApp(WorkerApp):
             request_id=running.request_id,
         )
 
+    async def _score(self, running: Running, body: bytes) -> bytes:
+        request = parse(body, ScoreRequest)
+        left, right = sides_of(request)
+        answer = await self._engine.score(left, right, keep=request.truncate_prompt_tokens)
+        running.spent.prompt_tokens = answer.prompt_tokens
+        return score_answer(
+            answer,
+            model=request.model or self._served_name,
+            request_id=running.request_id,
+            created=int(time.time()),
+        )
+
+    async def _tokenize(self, running: Running, body: bytes) -> bytes:
+        request = parse(body, TokenizeRequest)
+        tokens = await self._engine.tokenize(
+            prompt_of(request), special=request.add_special_tokens is not False
+        )
+        return tokens_answer(request, tokens, self._engine.context_length)
+
+    async def _detokenize(self, running: Running, body: bytes) -> bytes:
+        return msgspec.json.encode({"prompt": self._engine.detokenize(parse(body, DetokenizeRequest).tokens)})
+
     async def _answer(
         self,
+        answer: Callable[[Running, bytes], Awaitable[bytes]],
         scope: Scope,
         receive: Receive,
         send: Send,
-        answer: Callable[[Running, bytes], Awaitable[bytes]],
     ) -> None:
+        """Answer one request; returns when the answer is sent or nobody waits for it."""
         running = Running(header(scope, b"x-request-id") or uuid.uuid4().hex)
 
         async def work() -> None:

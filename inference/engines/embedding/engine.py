@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -154,6 +155,50 @@ class EmbeddingEngine:
         vectors = _unit(rows)
         return _answer((vectors[1:] @ vectors[0]).reshape(-1, 1), pieces, pieces[1:])
 
+    async def score(self, left: Sequence[str], right: Sequence[str], *, keep: int | None = None) -> Answer:
+        """A score per pair of texts, of which there is one on the left for all, or one for each on the right:
+        the cross-encoder's, else the cosine of the angle between the vectors.
+
+        `keep` and what it raises: as `embed`.
+        """
+        loaded = self._whole()
+        tokens = loaded.tokens
+        pairs = self._reranks_only
+        lefts = list(left) * len(right) if len(left) == 1 else list(left)
+
+        def read() -> list[Piece]:
+            if pairs:
+                return [
+                    tokens.pair(one, other, param=f"text_2[{at}]", keep=keep)
+                    for at, (one, other) in enumerate(zip(lefts, right, strict=True))
+                ]
+            return [
+                tokens.input(text, param=f"{side}[{at}]", keep=keep)
+                for side, texts in (("text_1", left), ("text_2", right))
+                for at, text in enumerate(texts)
+            ]
+
+        pieces = await self._read(read, sum(map(len, lefts if pairs else left)) + sum(map(len, right)))
+        rows = await self._run(pieces)
+        if pairs:
+            return _answer(rows, pieces, pieces)
+        vectors = _unit(rows)
+        # One row on the left goes with each on the right by itself.
+        scores = (vectors[: len(left)] * vectors[len(left) :]).sum(axis=1, keepdims=True)
+        return _answer(scores, pieces, pieces[len(left) :])
+
+    async def tokenize(self, text: str, *, special: bool) -> list[tuple[int, str]]:
+        """A text's tokens, each with its spelling; `special`: those around it as well."""
+        tokens = self._whole().tokens
+        if len(text) <= INLINE_CHARACTERS:
+            return tokens.of_text(text, special=special)
+        reading = partial(tokens.of_text, text, special=special)
+        return await asyncio.get_running_loop().run_in_executor(self._reader, reading)
+
+    def detokenize(self, tokens: list[int]) -> str:
+        """Raises BadRequest for a token that the model does not have."""
+        return self._whole().tokens.text_of(tokens, param="tokens")
+
     def load_report(self) -> Load:
         """See `Model.load_report`. Costs microseconds."""
         return Load() if self._batcher is None else self._batcher.report()
@@ -197,10 +242,13 @@ def _settle(ready: asyncio.Future[Loaded | LoadError], outcome: Loaded | LoadErr
         ready.set_result(outcome)
 
 
+_COMPARING = frozenset({"endpoint:rerank", "endpoint:score", "endpoint:tokenize"})
+
+
 def _capabilities(loaded: Loaded) -> frozenset[str]:
     if loaded.folder.kind == Kind.CROSS_ENCODER:
-        return frozenset({"endpoint:rerank"})
-    names = {"endpoint:embeddings", "endpoint:rerank"}
+        return _COMPARING
+    names = _COMPARING | {"endpoint:embeddings"}
     return frozenset(names | {"dimensions"} if loaded.folder.matryoshka else names)
 
 

@@ -45,7 +45,36 @@ class RerankRequest(msgspec.Struct):
     truncate_prompt_tokens: _Keep | None = None
 
 
-_Request = TypeVar("_Request", EmbeddingsRequest, RerankRequest)
+_Texts = Annotated[list[str], msgspec.Meta(min_length=1, max_length=MAX_DOCUMENTS)]
+
+
+class ScoreRequest(msgspec.Struct):
+    """As `EmbeddingsRequest`."""
+
+    text_1: str | _Texts
+    text_2: str | _Texts
+    model: str | None = None
+    truncate_prompt_tokens: _Keep | None = None
+
+
+class TokenizeRequest(msgspec.Struct):
+    """As `EmbeddingsRequest`."""
+
+    prompt: str | None = None
+    messages: Any = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(msgspec.Struct):
+    """As `EmbeddingsRequest`."""
+
+    tokens: list[_Token]
+
+
+_Request = TypeVar(
+    "_Request", EmbeddingsRequest, RerankRequest, ScoreRequest, TokenizeRequest, DetokenizeRequest
+)
 
 
 def parse(body: bytes, kind: type[_Request]) -> _Request:
@@ -98,6 +127,32 @@ def documents_of(request: RerankRequest) -> list[str]:
     return texts
 
 
+def sides_of(request: ScoreRequest) -> tuple[list[str], list[str]]:
+    """The texts on the left and on the right. Raises BadRequest for an empty one, and for two sides that do
+    not go together."""
+    left, right = ([side] if isinstance(side, str) else side for side in (request.text_1, request.text_2))
+    for name, texts in (("text_1", left), ("text_2", right)):
+        for at, text in enumerate(texts):
+            if not text:
+                raise BadRequest(f"'{name}[{at}]' must not be empty.", param=name, code="invalid_value")
+    if len(left) not in (1, len(right)):
+        raise BadRequest(
+            "'text_1' must be one text, or as many as 'text_2'.", param="text_1", code="invalid_value"
+        )
+    return left, right
+
+
+def prompt_of(request: TokenizeRequest) -> str:
+    """The text. Raises BadRequest where there is none."""
+    if request.messages is not None:
+        raise BadRequest(
+            "This model has no conversations: give a 'prompt'.", param="messages", code="unsupported_value"
+        )
+    if request.prompt is None:
+        raise BadRequest("'prompt' is missing.", param="prompt", code="missing_required_parameter")
+    return request.prompt
+
+
 def embeddings_answer(request: EmbeddingsRequest, answer: Answer, model: str) -> bytes:
     packed = request.encoding_format == "base64"
     data = [
@@ -124,6 +179,28 @@ def rerank_answer(
     ]
     return msgspec.json.encode(
         {"id": f"rerank-{request_id}", "model": model, "usage": _usage(answer), "results": results}
+    )
+
+
+def score_answer(answer: Answer, *, model: str, request_id: str, created: int) -> bytes:
+    """In the order of the pairs."""
+    data = [
+        {"index": at, "object": "score", "score": score}
+        | ({"truncated": True} if answer.truncated[at] else {})
+        for at, score in enumerate(answer.rows[:, 0].tolist())
+    ]
+    head = {"id": f"score-{request_id}", "object": "list", "created": created, "model": model}
+    return msgspec.json.encode(head | {"data": data, "usage": _usage(answer)})
+
+
+def tokens_answer(request: TokenizeRequest, tokens: list[tuple[int, str]], limit: int) -> bytes:
+    return msgspec.json.encode(
+        {
+            "count": len(tokens),
+            "max_model_len": limit,
+            "tokens": [token for token, _ in tokens],
+            "token_strs": [text for _, text in tokens] if request.return_token_strs else None,
+        }
     )
 
 

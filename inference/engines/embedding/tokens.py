@@ -83,6 +83,17 @@ class Tokens:
         cut = self._backend.post_process(first, second)
         return Piece(ids=cut.ids, kinds=cut.type_ids, truncated=True)
 
+    def of_text(self, text: str, *, special: bool) -> list[tuple[int, str]]:
+        """A text's tokens as they stand: ids, and how each is spelled."""
+        whole = self._backend.encode(text, add_special_tokens=special)
+        return list(zip(whole.ids, whole.tokens, strict=True))
+
+    def text_of(self, ids: list[int], *, param: str) -> str:
+        """The text of token ids, special ones included."""
+        self._check(ids, param)
+        text: str = self._backend.decode(ids, skip_special_tokens=False)
+        return text
+
     def batch(self, pieces: Sequence[Piece]) -> dict[str, np.ndarray[Any, np.dtype[np.int64]]]:
         """What the model is given: one padded row per piece."""
         longest = max(len(piece.ids) for piece in pieces)
@@ -145,6 +156,13 @@ class Tokens:
 
     def _spelled(self, ids: list[int], param: str) -> str:
         """The text of token ids: the model's own frame goes around it once more."""
+        self._check(ids, param)
+        text: str = self._backend.decode(ids, skip_special_tokens=True)
+        if not text:
+            raise BadRequest("The tokens hold no text.", param=param, code="invalid_value")
+        return text
+
+    def _check(self, ids: list[int], param: str) -> None:
         for at, token in enumerate(ids):
             if not 0 <= token < self._vocabulary:
                 raise BadRequest(
@@ -152,10 +170,6 @@ class Tokens:
                     param=param,
                     code="invalid_value",
                 )
-        text: str = self._backend.decode(ids, skip_special_tokens=True)
-        if not text:
-            raise BadRequest("The tokens hold no text.", param=param, code="invalid_value")
-        return text
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:

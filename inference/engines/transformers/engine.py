@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 from collections.abc import AsyncGenerator, Callable
+from typing import Any
 
 from inference.engines.base import (
     BadRequest,
@@ -31,7 +32,18 @@ from inference.protocol import Cause, Load, Progress
 logger = logging.getLogger("roundhouse.engine")
 
 _CAPABILITIES = frozenset(
-    {"temperature", "top_p", "top_k", "stop", "ignore_eos", "endpoint:chat", "endpoint:completions"}
+    {
+        "temperature",
+        "top_p",
+        "top_k",
+        "stop",
+        "ignore_eos",
+        "n",
+        "echo",
+        "endpoint:chat",
+        "endpoint:completions",
+        "endpoint:tokenize",
+    }
 )
 STOP_SECONDS = 4.0
 WARM_UP_TOKENS = 2
@@ -147,6 +159,31 @@ class TransformersEngine:
                     raise EngineError("The engine ended an answer without a reason.")
         finally:
             batcher.cancel(ticket)
+
+    async def tokenize(
+        self,
+        prompt: str | list[dict[str, Any]],
+        *,
+        special_tokens: bool,
+        generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> list[tuple[int, str]]:
+        """See `Engine.tokenize`. `special_tokens` is about texts: a template writes its own."""
+        if self._prompts is None:
+            raise EngineError("The engine is not loaded.")
+        if isinstance(prompt, str):
+            tokens = await self._prompts.encode_text(prompt, special_tokens=special_tokens, empty=True)
+        else:
+            tokens = await self._prompts.encode(prompt, generation_prompt=generation_prompt, tools=tools)
+        return list(zip(tokens, self._prompts.spelled(tokens), strict=True))
+
+    async def detokenize(self, tokens: list[int]) -> str:
+        """See `Engine.detokenize`. Special tokens are spelled out."""
+        if self._prompts is None or self._loaded is None:
+            raise EngineError("The engine is not loaded.")
+        size = self._loaded.model.get_input_embeddings().num_embeddings
+        check_token_ids(tokens, size, param="tokens")
+        return self._prompts.text_of(tokens, special_tokens=True)
 
     def load_report(self) -> Load:
         """See `Engine.load_report`. Costs microseconds."""

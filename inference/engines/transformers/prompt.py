@@ -36,50 +36,75 @@ class Prompts:
     def can_chat(self) -> bool:
         return self._template is not None or bool(self._tokenizer.chat_template)
 
-    async def encode_text(self, prompt: str | list[int]) -> list[int]:
+    async def encode_text(
+        self, prompt: str | list[int], *, special_tokens: bool = True, empty: bool = False
+    ) -> list[int]:
         """A prompt as it stands, with the special tokens that the tokenizer puts around any text. Raises
-        BadRequest for one without a single token."""
+        BadRequest for one without a single token, unless it may be `empty`."""
         if isinstance(prompt, str):
             if len(prompt) <= INLINE_CHARACTERS:
-                prompt = self._encode_text(self._tokenizer, prompt)
+                prompt = self._encode_text(self._tokenizer, prompt, special_tokens)
             else:
                 loop = asyncio.get_running_loop()
-                prompt = await loop.run_in_executor(self._thread, self._encode_text_in_thread, prompt)
-        if not prompt:
+                prompt = await loop.run_in_executor(
+                    self._thread, self._encode_text_in_thread, prompt, special_tokens
+                )
+        if not prompt and not empty:
             raise BadRequest("The prompt has no tokens.", param="prompt", code="invalid_value")
         return prompt
 
-    def text_of(self, prompt: list[int]) -> str:
-        text: str = self._tokenizer.decode(prompt, skip_special_tokens=True)
+    def text_of(self, prompt: list[int], *, special_tokens: bool = False) -> str:
+        text: str = self._tokenizer.decode(prompt, skip_special_tokens=not special_tokens)
         return text
 
-    async def encode(self, messages: list[dict[str, Any]]) -> list[int]:
+    def spelled(self, tokens: list[int]) -> list[str]:
+        """Each token as the vocabulary writes it; an id without an entry is an empty one."""
+        return [spelling or "" for spelling in self._tokenizer.convert_ids_to_tokens(tokens)]
+
+    async def encode(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> list[int]:
         """Raises BadRequest when the messages cannot be rendered."""
         plain = [_plain(message, at) for at, message in enumerate(messages)]
         if sum(len(message["content"]) for message in plain) <= INLINE_CHARACTERS:
-            return self._encode(self._tokenizer, plain)
+            return self._encode(self._tokenizer, plain, generation_prompt, tools)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._encode_in_thread, plain)
+        return await loop.run_in_executor(
+            self._thread, self._encode_in_thread, plain, generation_prompt, tools
+        )
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _encode_in_thread(self, messages: list[dict[str, Any]]) -> list[int]:
-        return self._encode(self._tokenizer_of_thread(), messages)
+    def _encode_in_thread(
+        self, messages: list[dict[str, Any]], generation_prompt: bool, tools: list[dict[str, Any]] | None
+    ) -> list[int]:
+        return self._encode(self._tokenizer_of_thread(), messages, generation_prompt, tools)
 
-    def _encode_text_in_thread(self, prompt: str) -> list[int]:
-        return self._encode_text(self._tokenizer_of_thread(), prompt)
+    def _encode_text_in_thread(self, prompt: str, special_tokens: bool) -> list[int]:
+        return self._encode_text(self._tokenizer_of_thread(), prompt, special_tokens)
 
     def _tokenizer_of_thread(self) -> Any:
         if self._thread_tokenizer is None:
             self._thread_tokenizer = copy.deepcopy(self._tokenizer)
         return self._thread_tokenizer
 
-    def _encode_text(self, tokenizer: Any, prompt: str) -> list[int]:
-        ids: list[int] = tokenizer(prompt, split_special_tokens=False)["input_ids"]
+    def _encode_text(self, tokenizer: Any, prompt: str, special_tokens: bool) -> list[int]:
+        encoded = tokenizer(prompt, split_special_tokens=False, add_special_tokens=special_tokens)
+        ids: list[int] = encoded["input_ids"]
         return ids
 
-    def _encode(self, tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
+    def _encode(
+        self,
+        tokenizer: Any,
+        messages: list[dict[str, Any]],
+        generation_prompt: bool,
+        tools: list[dict[str, Any]] | None,
+    ) -> list[int]:
         if not self.can_chat:
             raise BadRequest(
                 "This model has no chat template, so it cannot answer messages.", param="messages"
@@ -88,7 +113,8 @@ class Prompts:
             ids: list[int] = tokenizer.apply_chat_template(
                 messages,
                 chat_template=self._template,
-                add_generation_prompt=True,
+                tools=tools,
+                add_generation_prompt=generation_prompt,
                 sanitize_control_tokens=True,
                 return_dict=False,
             )

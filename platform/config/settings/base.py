@@ -134,6 +134,8 @@ ROUNDHOUSE_REDIS_URL = ENV.redis_url
 ROUNDHOUSE_KEY_PEPPERS = ENV.key_peppers
 ROUNDHOUSE_CORS_ORIGINS = ENV.cors_origins
 ROUNDHOUSE_METRICS_TOKEN = ENV.metrics_token
+ROUNDHOUSE_RESPONSE_DAYS = 30
+"""How long an answer of /v1/responses is kept after it was last built on."""
 
 # -- Celery: control's queue, and the nudges it sends to the agents' queues.
 CELERY_BROKER_URL = celery_broker(ENV.redis_url)
@@ -166,6 +168,11 @@ CELERY_BEAT_SCHEDULE = {
     "recover_spools": {"task": "inference.recover_spools", "schedule": 10.0, "options": {"expires": 10}},
     "housekeeping": {"task": "inference.housekeeping", "schedule": 60.0, "options": {"expires": 60}},
     "roll_up_usage": {"task": "inference.roll_up_usage", "schedule": 60.0, "options": {"expires": 60}},
+    "forget_responses": {
+        "task": "openai_api.forget_responses",
+        "schedule": 600.0,
+        "options": {"expires": 600},
+    },
     "audit_usage": {"task": "inference.audit_usage", "schedule": 6 * 3600.0, "options": {"expires": 3600}},
 }
 
