@@ -213,6 +213,7 @@ async def test_a_failed_step_fails_its_requests_and_three_in_a_row_end_the_engin
                 await batcher.run(pieces_of(1, 1))
         with pytest.raises(EngineError):
             await batcher.run(pieces_of(1, 1))
+        await asyncio.sleep(0.5)  # the thread ends just after it has told the last one
         assert not batcher.alive()
 
 
