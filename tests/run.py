@@ -24,7 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 NODE_ENVIRONMENT = ROOT / ".venv-node"
 NODE_TEST_PACKAGES = ["pytest>=9.2", "pytest-asyncio>=1.5", "pytest-timeout>=2.4", "openai>=3.52"]
 STAGES = ("node", "engines", "sqlite", "postgres", "e2e-sqlite", "e2e-postgres")
-WITH_DATABASE = ["tests/unit", "tests/integration", "tests/api", "tests/security"]
+WITH_DATABASE = ["tests/integration", "tests/api", "tests/security"]
+# What a client sees does not depend on the database, nor do units: once is enough.
+WITHOUT_DATABASE = ["tests/unit", "tests/clients"]
+CLIENTS_EXAMPLES = ["tests/e2e/test_docs.py", "tests/e2e/test_readme.py"]
 
 
 def main() -> int:
@@ -44,8 +47,7 @@ def main() -> int:
         def without_database() -> None:
             if runs.wanted("node"):
                 runs.pytest("node", ["tests/node"], python=node_environment())
-            # What a client sees does not depend on the database: once is enough.
-            runs.pytest("sqlite", [*WITH_DATABASE, "tests/clients"])
+            runs.pytest("sqlite", [*WITH_DATABASE, *WITHOUT_DATABASE])
 
         def with_postgres() -> None:
             runs.pytest("engines", ["tests/engines"])
@@ -69,7 +71,8 @@ def main() -> int:
             runs.skip("e2e-postgres", "it needs PostgreSQL and Redis, and one of them is missing")
         elif runs.wanted("e2e-postgres"):
             with services.own_database(postgres) as url:
-                runs.pytest("e2e-postgres", ["tests/e2e"], DATABASE_URL=url, REDIS_URL=redis)
+                once = [f"--ignore={path}" for path in CLIENTS_EXAMPLES]
+                runs.pytest("e2e-postgres", ["tests/e2e", *once], DATABASE_URL=url, REDIS_URL=redis)
     return runs.summary()
 
 
