@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +11,7 @@ import msgspec
 import pytest
 
 from openai_api import answers
+from registry.threads import in_database
 from tests.api.conftest import ROUTE, Answer, Served
 from tests.api.scripted import Scripted, in_front_of, scripted
 
@@ -160,7 +160,7 @@ async def test_a_whole_answer_and_its_entry_in_the_ledger(served: Served) -> Non
     assert message.stop_reason == "max_tokens"
     assert message.usage.output_tokens == 8
     assert raw.headers["request-id"] == raw.headers["x-request-id"]
-    event = await asyncio.to_thread(served.event, raw.headers["request-id"])
+    event = await in_database(served.event, raw.headers["request-id"])
     assert (event.endpoint, event.completion_tokens) == (PATH, 8)
     assert event.prompt_tokens == message.usage.input_tokens > 0
 
