@@ -27,7 +27,10 @@ STAGES = ("node", "engines", "sqlite", "postgres", "e2e-sqlite", "e2e-postgres")
 WITH_DATABASE = ["tests/integration", "tests/api", "tests/security"]
 # What a client sees does not depend on the database, nor do units: once is enough.
 WITHOUT_DATABASE = ["tests/unit", "tests/clients"]
-CLIENTS_EXAMPLES = ["tests/e2e/test_docs.py", "tests/e2e/test_readme.py"]
+CLIENTS_EXAMPLES = [
+    *("tests/e2e/test_docs.py", "tests/e2e/test_readme.py", "tests/e2e/test_other_docs.py"),
+    *("tests/e2e/test_embeddings.py", "tests/e2e/test_streaming.py"),
+]
 FORMATS = [
     *(f"tests/api/test_{name}.py" for name in ("errors_golden", "streams_golden", "parameters", "messages")),
     *(f"tests/api/test_{name}.py" for name in ("score", "tokenize", "health")),
