@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
+import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -90,6 +94,18 @@ class Bench:
                 found += asyncio.run(run(target, requests=10, connections=1)).first_chunk_seconds
         return statistics.median(seconds[0]), statistics.median(seconds[1])
 
+    def parsing(self) -> dict[str, float]:
+        """Seconds to read a request of each kind."""
+        environment = {
+            **os.environ,
+            "DJANGO_SETTINGS_MODULE": "config.settings.production",
+            "ROUNDHOUSE_DATA": str(self.roundhouse.data),
+        }
+        command = [sys.executable, "-m", "bench.parsing"]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+        seconds: dict[str, float] = json.loads(done.stdout)
+        return seconds
+
     @staticmethod
     def body(*, stream: bool, model: str, tokens: int) -> dict[str, object]:
         return {
@@ -123,11 +139,14 @@ def report(bench: Bench, requests: int) -> None:
     _, paced_cpu = bench.load(requests=100, connections=100, stream=True, model="paced")
     per_paced = (paced_cpu / 100 - per_plain) / TOKENS
     through, direct = bench.first_bytes(rounds=20)
+    reading = bench.parsing()
     rows = [
         ("CPU per plain chat request", f"{per_plain * 1e3:.3f} ms", "0.40 ms"),
         ("CPU per streamed token, instant upstream", f"{per_token * 1e6:.1f} µs", "15 µs"),
         ("CPU per streamed token, 100 streams at 20 ms", f"{per_paced * 1e6:.1f} µs", "45 µs"),
         ("added time to first token, p50, idle", f"{(through - direct) * 1e3:.2f} ms", "1.0 ms"),
+        ("parse a plain chat request", f"{reading['plain'] * 1e6:.1f} µs", "60 µs"),
+        ("parse a 1 MB prompt", f"{reading['megabyte'] * 1e3:.2f} ms", "3 ms"),
         ("plain requests per second, 16 connections", f"{requests / plain.seconds:.0f}", ""),
         ("streamed tokens per second, 16 connections", f"{stream.chunks / stream.seconds:.0f}", ""),
         ("gateway RSS", f"{bench.gateway.memory_info().rss / 1e6:.0f} MB", ""),

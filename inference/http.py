@@ -81,6 +81,25 @@ def new_request_id() -> str:
 _random = random.Random(secrets.randbits(256))  # noqa: S311
 
 
+def bearer_of(authorization: bytes) -> str | None:
+    """The token of `Bearer …` (the scheme in any case); None without one. Nothing but blanks and tabs may
+    surround it: what another reader takes for white space is part of the token."""
+    scheme, _, token = authorization.partition(b" ")
+    if scheme.lower() != b"bearer":
+        return None
+    return token.strip(b" \t").decode("latin-1") or None
+
+
+def credential_of(header: Callable[[bytes], bytes]) -> str | None:
+    """The API key: a bearer token, or what some clients send instead, `x-api-key` or `api-key`. `header`
+    gives the value of one, empty without it."""
+    bearer = bearer_of(header(b"authorization"))
+    if bearer is not None:
+        return bearer
+    given = header(b"x-api-key") or header(b"api-key")
+    return given.strip(b" \t").decode("latin-1") or None
+
+
 class Request:
     """One request as its consumer sees it."""
 
@@ -112,19 +131,25 @@ class Request:
     @property
     def bearer(self) -> str | None:
         """The token of `Authorization: Bearer …` (the scheme in any case); None without one."""
-        scheme, _, token = self.headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer":
-            return None
-        return token.strip().decode("latin-1") or None
+        return bearer_of(self._whole(b"authorization"))
 
     @property
     def credential(self) -> str | None:
         """The API key: a bearer token, or what some clients send instead, `x-api-key` or `api-key`."""
-        bearer = self.bearer
-        if bearer is not None:
-            return bearer
-        given = self.headers.get(b"x-api-key") or self.headers.get(b"api-key") or b""
-        return given.strip().decode("latin-1") or None
+        return credential_of(self._whole)
+
+    def _whole(self, name: bytes) -> bytes:
+        """The header's value; of one sent twice, both: no two readers may take two people for its sender."""
+        sent = self.scope["headers"]
+        if len(sent) == len(self.headers):
+            return self.headers.get(name, b"")
+        return b",".join([value for header, value in sent if header == name])
+
+    @property
+    def forwarded_for(self) -> str:
+        """What proxies, or anybody, say of the client's address: X-Forwarded-For, several in their order."""
+        sent = [value for name, value in self.scope["headers"] if name == b"x-forwarded-for"]
+        return b",".join(sent).decode("latin-1")
 
     @property
     def unread_bytes(self) -> int | None:
@@ -177,6 +202,8 @@ class HttpConsumer(AsyncConsumer):  # type: ignore[misc]
         self.client_gone = False
         self.started = False
         """The status line is out: only a stream's own means can tell of an error now."""
+        self.answer_headers: list[Header] = []
+        """What every answer to this request says besides, errors too."""
         self.request: Request
         self._send: Send
         self._watcher: asyncio.Task[None] | None = None
@@ -236,8 +263,8 @@ class HttpConsumer(AsyncConsumer):  # type: ignore[misc]
         await self._start(status, [JSON, (b"content-length", b"%d" % len(body)), *headers])
         await self._send({"type": "http.response.body", "body": body})
 
-    async def stream_start(self, headers: Iterable[Header] = ()) -> None:
-        """Begin a stream of server-sent events."""
+    async def stream_start(self, prompt_tokens: int = 0) -> None:
+        """Begin a stream of server-sent events. What the prompt costs is no news for HTTP itself."""
         await self._start(
             200,
             [
@@ -245,7 +272,6 @@ class HttpConsumer(AsyncConsumer):  # type: ignore[misc]
                 (b"cache-control", b"no-cache, no-store"),
                 # A reverse proxy that buffers would hold the first tokens back.
                 (b"x-accel-buffering", b"no"),
-                *headers,
             ],
         )
 
@@ -261,6 +287,7 @@ class HttpConsumer(AsyncConsumer):  # type: ignore[misc]
             unread = self.request.unread_bytes
             if unread is None or unread > SMALL_BODY_BYTES:
                 headers.append((b"connection", b"close"))
+        headers += self.answer_headers
         self.started = True
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 

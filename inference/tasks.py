@@ -16,8 +16,11 @@ from django.db import close_old_connections, connection
 from inference.liveness import reap
 from inference.nudges import send_nudges
 from inference.reconcile import reconcile
+from registry.actions.budgets import release_dead_holds
 from registry.actions.events import forget_old_changes
 from registry.actions.gateways import forget_silent_gateways
+from registry.actions.notices import deliver_notices, note_thresholds
+from registry.actions.retention import forget_usage
 from registry.actions.rollups import reconcile_usage, roll_up
 from registry.querysets import database_now
 
@@ -80,6 +83,7 @@ def recover_spools() -> None:
 def housekeeping() -> None:
     """Forget what nobody asks for any more."""
     forget_old_changes()
+    release_dead_holds()
     forget_silent_gateways()
 
 
@@ -88,6 +92,22 @@ def housekeeping() -> None:
 def roll_up_usage() -> None:
     """Add up the hours that have ended, and again those to which a late event came."""
     roll_up()
+
+
+@shared_task(name="inference.budget_notices")  # type: ignore[untyped-decorator]
+@one_at_a_time
+def budget_notices() -> None:
+    """Tell of budgets that have reached a threshold."""
+    note_thresholds()
+    deliver_notices()
+
+
+@shared_task(name="inference.forget_usage")  # type: ignore[untyped-decorator]
+@one_at_a_time
+def forget_usage_events() -> None:
+    """Delete single usage events that are older than they are kept, if there is a limit."""
+    if settings.ROUNDHOUSE_USAGE_DAYS is not None:
+        forget_usage(before=database_now() - timedelta(days=settings.ROUNDHOUSE_USAGE_DAYS))
 
 
 @shared_task(name="inference.audit_usage")  # type: ignore[untyped-decorator]

@@ -16,8 +16,9 @@ class Answered(Protocol):
     async def send_json(self, status: int, payload: object) -> None:
         """The whole answer: JSON as bytes, or anything that msgspec encodes."""
 
-    async def stream_start(self) -> None:
-        """The answer has begun, or is waited for so long already that the client is told so."""
+    async def stream_start(self, prompt_tokens: int = 0) -> None:
+        """The answer has begun, or is waited for so long already that the client is told so. `prompt_tokens`:
+        what the prompt costs, where that is known by now."""
 
     async def stream_chunk(self, chunk: bytes) -> None:
         """One server-sent event, with the blank line that ends it."""

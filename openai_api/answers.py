@@ -10,6 +10,14 @@ import msgspec
 
 class PromptDetails(msgspec.Struct):
     cached_tokens: int | None = None
+    audio_tokens: int | None = None
+
+
+class CompletionDetails(msgspec.Struct):
+    reasoning_tokens: int | None = None
+    audio_tokens: int | None = None
+    accepted_prediction_tokens: int | None = None
+    rejected_prediction_tokens: int | None = None
 
 
 class Usage(msgspec.Struct):
@@ -17,20 +25,52 @@ class Usage(msgspec.Struct):
     total_tokens: int
     completion_tokens: int = 0
     prompt_tokens_details: PromptDetails | None = None
+    completion_tokens_details: CompletionDetails | None = None
+
+
+class TokenLogprob(msgspec.Struct):
+    token: str
+    logprob: float | None
+    bytes: list[int] | None = None
+
+
+class ContentLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob] = []
+
+
+class ChatLogprobs(msgspec.Struct):
+    content: list[ContentLogprob] | None
+    refusal: list[ContentLogprob] | None = None
+
+
+class CalledFunction(msgspec.Struct):
+    name: str
+    arguments: str
+    """JSON."""
+
+
+class ToolCall(msgspec.Struct):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
 
 
 class AnswerMessage(msgspec.Struct):
     role: Literal["assistant"]
     content: str | None
     refusal: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    annotations: list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    """The same, under its older name."""
 
 
 class ChatChoice(msgspec.Struct):
     index: int
     message: AnswerMessage
     finish_reason: str
-    logprobs: dict[str, Any] | None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatCompletion(msgspec.Struct):
@@ -42,11 +82,56 @@ class ChatCompletion(msgspec.Struct):
     usage: Usage
 
 
+class FunctionDelta(msgspec.Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(msgspec.Struct):
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta | None = None
+
+
+class MessageDelta(msgspec.Struct):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    refusal: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+
+
+class ChatDelta(msgspec.Struct):
+    index: int
+    delta: MessageDelta
+    finish_reason: str | None
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatCompletionChunk(msgspec.Struct):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatDelta]
+    """Empty in the chunk that tells the usage."""
+    usage: Usage | None = None
+
+
+class TextLogprobs(msgspec.Struct):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float | None] | None] | None
+    text_offset: list[int]
+
+
 class TextChoice(msgspec.Struct):
     index: int
     text: str
     finish_reason: str | None
-    logprobs: dict[str, Any] | None = None
+    logprobs: TextLogprobs | None = None
 
 
 class Completion(msgspec.Struct):
@@ -56,6 +141,10 @@ class Completion(msgspec.Struct):
     model: str
     choices: list[TextChoice]
     usage: Usage | None = None
+
+
+class CompletionChunk(Completion):
+    """A completion, of which only the next piece is told."""
 
 
 class Embedding(msgspec.Struct):
@@ -80,6 +169,7 @@ class Ranked(msgspec.Struct):
     index: int
     relevance_score: float
     document: RankedDocument | None = None
+    truncated: bool | None = None
 
 
 class RankingUsage(msgspec.Struct):
@@ -94,9 +184,14 @@ class Ranking(msgspec.Struct):
     id: str | None = None
 
 
+class CohereRanked(msgspec.Struct):
+    index: int
+    relevance_score: float
+
+
 class CohereRanking(msgspec.Struct):
     id: str
-    results: list[Ranked]
+    results: list[CohereRanked]
     meta: dict[str, Any]
 
 
@@ -114,23 +209,54 @@ class Response(msgspec.Struct):
     created_at: int
     completed_at: int | None
     status: Literal["completed", "incomplete", "in_progress", "failed"]
-    incomplete_details: dict[str, str] | None
+    background: bool
     error: dict[str, str] | None
-    model: str
-    previous_response_id: str | None
+    incomplete_details: dict[str, str] | None
     instructions: str | None
-    output: list[dict[str, Any]]
-    tools: list[dict[str, Any]]
-    tool_choice: str | dict[str, Any]
-    parallel_tool_calls: bool
-    text: dict[str, Any]
-    reasoning: dict[str, Any]
     max_output_tokens: int | None
+    max_tool_calls: int | None
+    model: str
+    output: list[dict[str, Any]]
+    parallel_tool_calls: bool
+    previous_response_id: str | None
+    prompt_cache_key: str | None
+    reasoning: dict[str, Any]
+    safety_identifier: str | None
+    service_tier: str
+    store: bool
     temperature: float
     top_p: float
-    store: bool
+    presence_penalty: float
+    frequency_penalty: float
+    text: dict[str, Any]
+    tool_choice: str | dict[str, Any]
+    tools: list[dict[str, Any]]
+    top_logprobs: int
+    truncation: Literal["disabled"]
     usage: ResponseUsage | None
+    user: str | None
     metadata: dict[str, str]
+
+
+class ResponseEvent(msgspec.Struct):
+    """Its further fields are the type's."""
+
+    type: str
+    sequence_number: int
+
+
+class DeletedResponse(msgspec.Struct):
+    id: str
+    object: Literal["response.deleted"]
+    deleted: Literal[True]
+
+
+class ItemList(msgspec.Struct):
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class Model(msgspec.Struct):
@@ -146,9 +272,82 @@ class ModelList(msgspec.Struct):
     data: list[Model]
 
 
+class UsageResult(msgspec.Struct):
+    object: Literal["organization.usage.completions.result"]
+    input_tokens: int
+    output_tokens: int
+    input_cached_tokens: int
+    input_audio_tokens: int
+    output_audio_tokens: int
+    num_model_requests: int
+    project_id: str | None
+    user_id: str | None
+    api_key_id: str | None
+    model: str | None
+    batch: bool | None
+
+
+class UsageBucket(msgspec.Struct):
+    object: Literal["bucket"]
+    start_time: int
+    end_time: int
+    results: list[UsageResult]
+
+
 class UsagePage(msgspec.Struct):
     object: Literal["page"]
-    data: list[dict[str, Any]]
+    data: list[UsageBucket]
+    has_more: bool
+    next_page: str | None
+
+
+class EmbeddingsUsageResult(msgspec.Struct):
+    object: Literal["organization.usage.embeddings.result"]
+    input_tokens: int
+    num_model_requests: int
+    project_id: str | None
+    user_id: str | None
+    api_key_id: str | None
+    model: str | None
+
+
+class EmbeddingsUsageBucket(msgspec.Struct):
+    object: Literal["bucket"]
+    start_time: int
+    end_time: int
+    results: list[EmbeddingsUsageResult]
+
+
+class EmbeddingsUsagePage(msgspec.Struct):
+    object: Literal["page"]
+    data: list[EmbeddingsUsageBucket]
+    has_more: bool
+    next_page: str | None
+
+
+class Amount(msgspec.Struct):
+    value: float
+    currency: str
+
+
+class CostsResult(msgspec.Struct):
+    object: Literal["organization.costs.result"]
+    amount: Amount
+    line_item: str | None
+    project_id: str | None
+    api_key_id: str | None
+
+
+class CostsBucket(msgspec.Struct):
+    object: Literal["bucket"]
+    start_time: int
+    end_time: int
+    results: list[CostsResult]
+
+
+class CostsPage(msgspec.Struct):
+    object: Literal["page"]
+    data: list[CostsBucket]
     has_more: bool
     next_page: str | None
 
@@ -182,6 +381,23 @@ class Message(msgspec.Struct):
     usage: MessageUsage
 
 
+class MessageEvent(msgspec.Struct):
+    """Its further fields are the type's."""
+
+    type: str
+
+
+class MessageErrorDetail(msgspec.Struct):
+    type: str
+    message: str
+
+
+class MessageError(msgspec.Struct):
+    type: Literal["error"]
+    error: MessageErrorDetail
+    request_id: str | None
+
+
 class InputTokens(msgspec.Struct):
     input_tokens: int
 
@@ -197,10 +413,21 @@ class Detokenization(msgspec.Struct):
     prompt: str
 
 
+class CheckedPrompt(msgspec.Struct):
+    fits: bool
+    tokenCount: int
+    contextLength: int
+
+
+class TokenChecked(msgspec.Struct):
+    prompts: list[CheckedPrompt]
+
+
 class Score(msgspec.Struct):
     index: int
     object: Literal["score"]
     score: float
+    truncated: bool | None = None
 
 
 class Scores(msgspec.Struct):
@@ -210,3 +437,18 @@ class Scores(msgspec.Struct):
     model: str
     data: list[Score]
     usage: Usage
+
+
+class Alive(msgspec.Struct):
+    status: Literal["ok"]
+
+
+class Ready(msgspec.Struct):
+    status: str
+    database: str
+    redis: str
+    spool_pending: int
+
+
+class Version(msgspec.Struct):
+    version: str

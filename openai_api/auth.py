@@ -12,7 +12,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 from django.conf import settings
 from django.db import Error as DatabaseError
@@ -20,10 +21,23 @@ from rest_framework.authentication import BaseAuthentication
 from rest_framework.permissions import BasePermission
 from rest_framework.request import Request as DrfRequest
 
-from openai_api.errors import MissingKey, StorageAway, WrongKey
+from inference.http import credential_of
+from openai_api.admission.rules import Rule, load_rules
+from openai_api.errors import ForbiddenAddress, ForbiddenScope, MissingKey, StorageAway, WrongKey
 from registry.actions.api_keys import note_key_use
+from registry.actions.budgets import hard_budgets
 from registry.keys import digest_key, public_id_of
 from registry.models import ApiKey
+from registry.querysets import owner_may_use
+from registry.rights import (
+    Address,
+    Network,
+    Priority,
+    client_address,
+    matches_route,
+    parse_networks,
+    within,
+)
 from registry.threads import in_database
 
 if TYPE_CHECKING:
@@ -33,11 +47,26 @@ logger = logging.getLogger("roundhouse.auth")
 
 KEYS_KEPT = 10_000
 UNKNOWN_SECONDS = 2.0
-"""An id that no key has is not looked up again for this long."""
+"""An id that no key has is not looked up again for this long, nor a key for the sake of a wrong secret."""
 AWAY_SECONDS = 60.0
 """A key seen before is believed this long after the database was last heard of."""
 USE_NOTED_SECONDS = 60.0
-"""`last_used_at` is written at most this often per key."""
+"""`last_used_at` is written at most this often per secret."""
+ALL: frozenset[str] = frozenset()
+"""Nothing named: everything is allowed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Secret:
+    """One of the texts that prove a key."""
+
+    id: int
+    digest: str
+    pepper: int
+    expires_at: float | None = None
+
+    def expired(self) -> bool:
+        return self.expires_at is not None and time.time() >= self.expires_at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +77,25 @@ class Key:
     name: str
     project_id: int
     project_name: str
-    digest: str
-    pepper: int
     routes: frozenset[str]
-    """Names of the routes that it may use; empty: every route."""
+    """Names of the routes that it may use, `*` for any characters; empty: every route."""
     expires_at: float | None
     """Seconds since the epoch."""
     revoked: bool
+    """For good, or while its owner is disabled."""
+    secrets: tuple[Secret, ...] = ()
+    scopes: frozenset[str] = ALL
+    """Groups of endpoints that it may use; empty: all."""
+    cidrs: tuple[Network, ...] = ()
+    """Where it may be used from; empty: everywhere."""
+    project_routes: frozenset[str] = ALL
+    project_scopes: frozenset[str] = ALL
+    """What any key of the project may use at most."""
+    priority: str = Priority.DEFAULT.value
+    rules: tuple[Rule, ...] = ()
+    """The limits that concern it."""
+    budgets: tuple[int, ...] = ()
+    """Numbers of the hard budgets that its requests may meet, those of routes among them."""
 
     is_authenticated = True
 
@@ -62,12 +103,37 @@ class Key:
         return self.expires_at is not None and time.time() >= self.expires_at
 
     def may_use(self, route: str) -> bool:
-        return not self.routes or route in self.routes
+        return matches_route(self.routes, route) and matches_route(self.project_routes, route)
+
+    @property
+    def held_to_routes(self) -> bool:
+        """False when it may use every route."""
+        return bool(self.routes or self.project_routes)
+
+    def check(self, scope: str, address: Callable[[], Address | None]) -> None:
+        """May it be used for this group of endpoints, from there? Raises ForbiddenAddress, ForbiddenScope.
+
+        `address` is only asked where it matters.
+        """
+        if self.cidrs:
+            client = address()
+            if not within(client, self.cidrs):
+                raise ForbiddenAddress(client)
+        self.check_scope(scope)
+
+    def check_scope(self, scope: str) -> None:
+        """May it be used for this group of endpoints, wherever from? Raises ForbiddenScope."""
+        if scope and (
+            (self.scopes and scope not in self.scopes)
+            or (self.project_scopes and scope not in self.project_scopes)
+        ):
+            raise ForbiddenScope(scope)
 
 
 def load_key(public_id: str) -> Key | None:
     """Read a key from the database."""
-    row = ApiKey.objects.select_related("project").filter(public_id=public_id).first()
+    rows = ApiKey.objects.select_related("project", "owner").prefetch_related("secrets")
+    row = rows.filter(public_id=public_id).first()
     if row is None:
         return None
     return Key(
@@ -75,24 +141,57 @@ def load_key(public_id: str) -> Key | None:
         name=row.name,
         project_id=row.project_id,
         project_name=row.project.name,
-        digest=row.digest,
-        pepper=row.pepper,
         routes=frozenset(row.routes),
-        expires_at=row.expires_at.timestamp() if row.expires_at else None,
-        revoked=row.revoked_at is not None,
+        expires_at=_seconds(row.expires_at),
+        revoked=row.revoked_at is not None or not owner_may_use(row),
+        secrets=tuple(
+            Secret(
+                id=secret.pk,
+                digest=secret.digest,
+                pepper=secret.pepper,
+                expires_at=_seconds(secret.expires_at),
+            )
+            for secret in row.secrets.all()
+        ),
+        scopes=frozenset(row.scopes),
+        cidrs=parse_networks(row.cidrs),
+        project_routes=frozenset(row.project.routes),
+        project_scopes=frozenset(row.project.scopes),
+        priority=row.priority,
+        rules=load_rules(
+            api_key=row, public_id=row.public_id, project_id=row.project_id, user_id=row.owner_id
+        ),
+        budgets=hard_budgets(key_public_id=row.public_id, project_id=row.project_id, user_id=row.owner_id),
     )
 
 
-def verify(text: str, key: Key | None, peppers: Mapping[int, bytes]) -> Key:
-    """The key, if `text` proves it and it may be used now. Raises WrongKey."""
-    if key is None or key.revoked:
+def _seconds(instant: datetime | None) -> float | None:
+    return instant.timestamp() if instant is not None else None
+
+
+def verify(text: str, key: Key | None, peppers: Mapping[int, bytes]) -> tuple[Key, Secret]:
+    """The key, and which of its secrets `text` is, if it may be used now. Raises WrongKey."""
+    if key is None or key.revoked or key.expired():
         raise WrongKey(text)
-    pepper = peppers.get(key.pepper)
-    if pepper is None or not hmac.compare_digest(digest_key(text, pepper), key.digest):
-        raise WrongKey(text)
-    if key.expired():
-        raise WrongKey(text)
-    return key
+    for secret in key.secrets:
+        pepper = peppers.get(secret.pepper)
+        if pepper is None or secret.expired():
+            continue
+        if hmac.compare_digest(digest_key(text, pepper), secret.digest):
+            return key, secret
+    raise WrongKey(text)
+
+
+class Asker(Protocol):
+    """A request, as far as its key is concerned: see `inference.http.Request`."""
+
+    @property
+    def credential(self) -> str | None: ...
+
+    client_address: str
+
+    @property
+    def forwarded_for(self) -> str: ...
 
 
 class KeyRing:
@@ -108,21 +207,43 @@ class KeyRing:
         *,
         away_seconds: Callable[[], float],
         load: Callable[[str], Key | None] = load_key,
+        proxies: tuple[Network, ...] = (),
     ) -> None:
+        self.proxies = proxies
+        """Whose word on a client's address is taken."""
         self._peppers = peppers
         self._away_seconds = away_seconds
         self._load = load
         self._keys: OrderedDict[str, Key] = OrderedDict()
         self._salt = secrets.token_bytes(32)
-        self._proofs: dict[str, tuple[Key, bytes]] = {}
-        """By public id: the key as it was loaded, and a digest of the text that proved it."""
+        self._proofs: dict[str, tuple[Key, list[tuple[bytes, Secret]]]] = {}
+        """By public id: the key as it was loaded, and digests of the texts that proved it."""
         self._unknown: OrderedDict[str, float] = OrderedDict()
+        self._reread: OrderedDict[str, float] = OrderedDict()
+        """When a key may next be read again because of a wrong secret."""
         self._loading: dict[str, asyncio.Task[Key | None]] = {}
-        self._noted: dict[str, float] = {}
+        self._noted: dict[str, dict[int, float]] = {}
+        """When the use of a key's secrets was last written down."""
         self._notes: set[asyncio.Task[None]] = set()
 
-    async def authenticate(self, text: str | None) -> Key:
-        """The key that `text` is. Raises MissingKey, WrongKey or StorageAway."""
+    async def admit(self, request: Asker, scope: str) -> Key:
+        """The key of a request, if it may be used for this group of endpoints from where it comes. Raises
+        what `authenticate` raises."""
+        return await self.authenticate(request.credential, scope, partial(self.address_of, request))
+
+    def address_of(self, request: Asker) -> Address | None:
+        """Who sent it, seen past trusted proxies."""
+        forwarded = request.forwarded_for if self.proxies else ""
+        return client_address(request.client_address, forwarded, self.proxies)
+
+    async def authenticate(
+        self,
+        text: str | None,
+        scope: str = "",
+        address: Callable[[], Address | None] = lambda: None,
+    ) -> Key:
+        """The key that `text` is, if it may be used for `scope` from `address`. Raises MissingKey, WrongKey,
+        ForbiddenAddress, ForbiddenScope or StorageAway."""
         if text is None:
             raise MissingKey
         public_id = public_id_of(text)
@@ -135,21 +256,47 @@ class KeyRing:
             raise StorageAway
         else:
             self._keys.move_to_end(public_id)
-        return self._prove(text, key)
+        try:
+            proved = self._prove(text, key)
+        except WrongKey:
+            if key is None or key.revoked or not self._may_reread(public_id):
+                raise
+            # Perhaps it was rotated a moment ago, and this is the new secret.
+            proved = self._prove(text, await self._find(public_id))
+        proved.check(scope, address)
+        return proved
+
+    def _may_reread(self, public_id: str) -> bool:
+        """At most once in a while: anybody can send wrong secrets of a key."""
+        now = time.monotonic()
+        if now < self._reread.get(public_id, 0.0):
+            return False
+        self._reread[public_id] = now + UNKNOWN_SECONDS
+        self._reread.move_to_end(public_id)
+        while len(self._reread) > KEYS_KEPT:
+            self._reread.popitem(last=False)
+        return True
 
     def _prove(self, text: str, key: Key | None) -> Key:
         # The same text for the same key needs no second HMAC, whose set-up costs ten times this digest.
         mark = hashlib.blake2b(text.encode(), key=self._salt).digest()
         proof = self._proofs.get(key.public_id) if key is not None else None
-        if proof is None or proof[0] is not key or not hmac.compare_digest(proof[1], mark):
-            proved = verify(text, key, self._peppers)
-            self._proofs[proved.public_id] = (proved, mark)
-        else:
-            proved = proof[0]
-            if proved.revoked or proved.expired():
-                raise WrongKey(text)
-        self._note_use(proved.public_id)
+        if proof is not None and proof[0] is key:
+            for known, secret in proof[1]:
+                if hmac.compare_digest(known, mark):
+                    if proof[0].revoked or proof[0].expired() or secret.expired():
+                        raise WrongKey(text)
+                    self._note_use(proof[0].public_id, secret.id)
+                    return proof[0]
+        proved, secret = verify(text, key, self._peppers)
+        marks = proof[1] if proof is not None and proof[0] is proved else []
+        self._proofs[proved.public_id] = (proved, [*marks, (mark, secret)])
+        self._note_use(proved.public_id, secret.id)
         return proved
+
+    def known(self, public_id: str) -> Key | None:
+        """The key as it is cached."""
+        return self._keys.get(public_id)
 
     def forget(self, public_id: str) -> None:
         """What was cached of this key may be wrong; `*` means of every key."""
@@ -202,39 +349,48 @@ class KeyRing:
         while len(self._unknown) > KEYS_KEPT:
             self._unknown.popitem(last=False)
 
-    def _note_use(self, public_id: str) -> None:
+    def _note_use(self, public_id: str, secret_id: int) -> None:
         now = time.monotonic()
-        if now - self._noted.get(public_id, float("-inf")) < USE_NOTED_SECONDS:
+        noted = self._noted.get(public_id)
+        if noted is None:
+            noted = self._noted[public_id] = {}
+        if now - noted.get(secret_id, float("-inf")) < USE_NOTED_SECONDS:
             return
-        self._noted[public_id] = now
-        task = asyncio.create_task(self._write_use(public_id))
+        noted[secret_id] = now
+        task = asyncio.create_task(self._write_use(secret_id))
         self._notes.add(task)
         task.add_done_callback(self._notes.discard)
 
-    async def _write_use(self, public_id: str) -> None:
+    async def _write_use(self, secret_id: int) -> None:
         try:
-            await in_database(note_key_use, public_id=public_id, at=datetime.now(UTC))
+            await in_database(note_key_use, secret_id=secret_id, at=datetime.now(UTC))
         except DatabaseError:
             # The next use after a minute writes it again.
             logger.info("last use of a key not noted", extra={"event": "key_use_not_noted"})
 
 
-def bearer_of(authorization: str) -> str | None:
-    """The token of an Authorization header's value; None if it carries none."""
-    scheme, _, token = authorization.partition(" ")
-    return (token.strip() or None) if scheme.lower() == "bearer" else None
+def _header(request: DrfRequest, name: bytes) -> bytes:
+    # Django decoded the bytes that came as Latin-1.
+    told: str = request.META.get(f"HTTP_{name.decode().upper().replace('-', '_')}", "")
+    return told.encode("latin-1", "replace")
 
 
 class ApiKeyAuthentication(BaseAuthentication):
     """The same check for DRF. Inside the gateway it asks the gateway's ring; elsewhere the database."""
 
     def authenticate(self, request: DrfRequest) -> tuple[Key, None]:
-        sent = request.META
-        text = bearer_of(sent.get("HTTP_AUTHORIZATION", ""))
-        text = text or sent.get("HTTP_X_API_KEY", "").strip() or sent.get("HTTP_API_KEY", "").strip() or None
+        # A view without a scope is open to no key that is held to some.
+        scope: str = getattr(request.parser_context.get("view"), "scope", "none")
+
+        def address() -> Address | None:
+            proxies = settings.ROUNDHOUSE_TRUSTED_PROXIES
+            sent = request.META
+            return client_address(sent.get("REMOTE_ADDR", ""), sent.get("HTTP_X_FORWARDED_FOR", ""), proxies)
+
+        text = credential_of(lambda name: _header(request, name))
         gateway = gateway_of(request)
         if gateway is not None and gateway.loop is not None:
-            check = gateway.keys.authenticate(text)
+            check = gateway.keys.authenticate(text, scope, address)
             return asyncio.run_coroutine_threadsafe(check, gateway.loop).result(timeout=30), None
         if text is None:
             raise MissingKey
@@ -243,7 +399,9 @@ class ApiKeyAuthentication(BaseAuthentication):
             key = load_key(public_id) if public_id else None
         except DatabaseError as error:
             raise StorageAway from error
-        return verify(text, key, settings.ROUNDHOUSE_KEY_PEPPERS), None
+        proved, _ = verify(text, key, settings.ROUNDHOUSE_KEY_PEPPERS)
+        proved.check(scope, address)
+        return proved, None
 
     def authenticate_header(self, request: DrfRequest) -> str:
         # Without it DRF turns every 401 into a 403.

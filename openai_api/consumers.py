@@ -75,7 +75,7 @@ class TokenCheckUp(ApiConsumer):
         self._gateway = gateway
 
     async def handle(self, request: Request) -> None:
-        key = await self._gateway.keys.authenticate(request.credential)
+        key = await self._gateway.keys.admit(request, TOKENIZE.scope)
         checks = decode(await self.read_body(limits.BODY_BYTES), _decode_checks)
         told = [await self._check(key, check, at, request) for at, check in enumerate(checks.prompts)]
         await self.send_json(200, {"prompts": told})
@@ -98,6 +98,9 @@ class _Tokens(msgspec.Struct):
     max_model_len: int
 
 
+NO_STREAM = "A tokenization is asked for whole."
+
+
 class _Kept:
     """Where an answer goes that the client does not see: see `Answered`."""
 
@@ -115,14 +118,14 @@ class _Kept:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise WorkerUnreachable("A worker's answer is no tokenization.") from error
 
-    async def stream_start(self) -> None:
-        raise NotImplementedError
+    async def stream_start(self, prompt_tokens: int = 0) -> None:
+        raise AssertionError(NO_STREAM)
 
     async def stream_chunk(self, chunk: bytes) -> None:
-        raise NotImplementedError
+        raise AssertionError(NO_STREAM)
 
     async def stream_end(self, chunk: bytes = b"") -> None:
-        raise NotImplementedError
+        raise AssertionError(NO_STREAM)
 
 
 _decode_checks = msgspec.json.Decoder(TokenChecks).decode

@@ -23,22 +23,25 @@ class Dialect(Protocol):
         """One event, `b"data: …"` without its line end; `choices` and then `usage` come last."""
 
 
-def dialect_of(engine: str, asked: str, model: str | None = None) -> Dialect | None:
+def dialect_of(engine: str, asked: str, model: str | None = None, samples: int = 1) -> Dialect | None:
     """How a worker of this engine answers at this path; None: as clients expect it. `model` is the name
-    that the client asked for, and is then told in the answer."""
+    that the client asked for, and is then told in the answer; `samples` the answers to each prompt."""
     if engine == "vllm" and (choice := _CHOICES.get(asked)) is not None:
-        return _Vllm(choice, model)
+        return _Vllm(choice, model, samples)
     return None
 
 
 class _Vllm:
     """vLLM says null where others say nothing, its own model name, and a stream's usage per choice."""
 
-    def __init__(self, choice: Callable[[dict[str, Any]], dict[str, Any]], model: str | None) -> None:
+    def __init__(
+        self, choice: Callable[[dict[str, Any]], dict[str, Any]], model: str | None, samples: int
+    ) -> None:
         self._choice = choice
         self._model = model
+        self._samples = samples
         self._counted: dict[int, int] = {}
-        self._prompt = 0
+        self._prompts: dict[int, int] = {}
 
     def whole(self, answer: bytes) -> bytes:
         return _encode(self._told(_decode(answer)))
@@ -63,11 +66,14 @@ class _Vllm:
         return told
 
     def _so_far(self, index: int, usage: dict[str, Any]) -> dict[str, Any]:
-        """What all choices have cost, where vLLM says what this one has. The prompts of several are known
-        only at the end."""
+        """What all choices have cost, where vLLM says what this one and its prompt have. A prompt counts
+        from its first token on, once for all its choices."""
         self._counted[index] = usage.get("completion_tokens") or 0
-        self._prompt = max(self._prompt, usage.get("prompt_tokens") or 0)
-        return usage | {"prompt_tokens": self._prompt, "completion_tokens": sum(self._counted.values())}
+        self._prompts[index // self._samples] = usage.get("prompt_tokens") or 0
+        return usage | {
+            "prompt_tokens": sum(self._prompts.values()),
+            "completion_tokens": sum(self._counted.values()),
+        }
 
 
 def _objects(given: Any) -> list[dict[str, Any]]:
@@ -89,7 +95,9 @@ def _chat_choice(choice: dict[str, Any]) -> dict[str, Any]:
             **message,
         }
     if "delta" in told:
-        told["delta"] = _said(told["delta"])
+        delta = _said(told["delta"])
+        # The first one names the role.
+        told["delta"] = {"role": None, "content": "", "refusal": None, **delta} if "role" in delta else delta
     if told.get("logprobs"):
         told["logprobs"] = {"refusal": None, **told["logprobs"]}
     return told

@@ -29,6 +29,7 @@ from openai_api.responses.answer import Responding
 from openai_api.responses.request import ResponsesRequest
 from openai_api.responses.store import prepare as prepare_response
 from openai_api.responses.words import errors as response_errors
+from registry.rights import Scope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,8 @@ class Endpoint:
     """Where the worker is asked."""
     capability: str
     """What a worker that answers it announces."""
+    scope: str
+    """What a key that is held to some endpoints must have: see `registry.rights.Scope`."""
     request: type[Call]
     reshape: Callable[[bytes], bytes] | None = None
     """Makes the client's answer of the worker's whole one; None: they are the same."""
@@ -94,25 +97,35 @@ CHAT = Endpoint(
     path="/v1/chat/completions",
     asked="/v1/chat/completions",
     capability="endpoint:chat",
+    scope=Scope.CHAT.value,
     request=ChatCompletionRequest,
 )
 COMPLETIONS = Endpoint(
     path="/v1/completions",
     asked="/v1/completions",
     capability="endpoint:completions",
+    scope=Scope.COMPLETIONS.value,
     request=CompletionRequest,
 )
 EMBEDDINGS = Endpoint(
     path="/v1/embeddings",
     asked="/v1/embeddings",
     capability="endpoint:embeddings",
+    scope=Scope.EMBEDDINGS.value,
     request=EmbeddingRequest,
 )
-RERANK = Endpoint(path="/v1/rerank", asked="/v1/rerank", capability="endpoint:rerank", request=RerankRequest)
+RERANK = Endpoint(
+    path="/v1/rerank",
+    asked="/v1/rerank",
+    capability="endpoint:rerank",
+    scope=Scope.RERANK.value,
+    request=RerankRequest,
+)
 RERANK_COHERE = Endpoint(
     path="/v2/rerank",
     asked="/v1/rerank",
     capability="endpoint:rerank",
+    scope=Scope.RERANK.value,
     request=RerankRequest,
     reshape=as_cohere,
 )
@@ -120,6 +133,7 @@ RESPONSES = Endpoint(
     path="/v1/responses",
     asked="/v1/chat/completions",
     capability="endpoint:chat",
+    scope=Scope.RESPONSES.value,
     request=ResponsesRequest,
     adapter=Responding,
     prepare=prepare_response,
@@ -129,6 +143,7 @@ MESSAGES = Endpoint(
     path="/v1/messages",
     asked="/v1/chat/completions",
     capability="endpoint:chat",
+    scope=Scope.MESSAGES.value,
     request=MessagesRequest,
     adapter=Messages,
     errors=as_anthropic,
@@ -137,6 +152,7 @@ COUNT_TOKENS = Endpoint(
     path="/v1/messages/count_tokens",
     asked="/tokenize",
     capability="endpoint:tokenize",
+    scope=Scope.MESSAGES.value,
     request=CountTokensRequest,
     reshape=as_count,
     counted=False,
@@ -146,6 +162,7 @@ TOKENIZE = Endpoint(
     path="/tokenize",
     asked="/tokenize",
     capability="endpoint:tokenize",
+    scope=Scope.TOKENIZE.value,
     request=TokenizeRequest,
     counted=False,
 )
@@ -153,10 +170,17 @@ DETOKENIZE = Endpoint(
     path="/detokenize",
     asked="/detokenize",
     capability="endpoint:tokenize",
+    scope=Scope.TOKENIZE.value,
     request=DetokenizeRequest,
     counted=False,
 )
-SCORE = Endpoint(path="/v1/score", asked="/v1/score", capability="endpoint:score", request=ScoreRequest)
+SCORE = Endpoint(
+    path="/v1/score",
+    asked="/v1/score",
+    capability="endpoint:score",
+    scope=Scope.RERANK.value,
+    request=ScoreRequest,
+)
 ALIASES = (
     replace(TOKENIZE, path="/v1/tokenize"),
     replace(DETOKENIZE, path="/v1/detokenize"),

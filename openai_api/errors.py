@@ -7,10 +7,16 @@
     ├── UnknownModel         no such model
     ├── WrongEndpoint        no worker of the model answers this endpoint
     ├── ForbiddenModel       the model exists, but this key may not use it
+    ├── ForbiddenScope       this key may not use this endpoint
+    ├── ForbiddenAddress     this key may not be used from there
+    ├── KeyEnded             the key ended while its answer was written
     ├── UnknownUrl           nothing is served at this URL
     │   └── NotServed        OpenAI serves something there; Roundhouse does not
     ├── ResponseNotFound     no such response is kept, or it is another project's
+    ├── RateLimited          a limit has no room for it now
+    │   └── TokensLimited    one that counts tokens
     └── StorageAway          the database, or the disk of the ledger, does not answer
+        └── LimitUnknown     nor does Redis, and the limit says that it must be asked
 
 Every class of `registry.errors`, `inference.errors`, `inference.http` and this module has its row; the
 nearest base's row counts. What has none is a fault of ours: 500, and the message says nothing.
@@ -34,7 +40,15 @@ from inference.http import (
     MethodNotAllowed,
     error_payload,
 )
-from registry.errors import InvalidInput, InvalidTransition, JoinRefused, RegistryError, StillInUse
+from registry.errors import (
+    BudgetExhausted,
+    InvalidInput,
+    InvalidTransition,
+    JoinRefused,
+    NotAllowed,
+    RegistryError,
+    StillInUse,
+)
 from registry.keys import mask_key
 
 if TYPE_CHECKING:
@@ -105,6 +119,31 @@ class ForbiddenModel(ApiError):
         super().__init__(f"Project `{project}` does not have access to model `{model}`")
 
 
+class ForbiddenScope(ApiError):
+    """This key may not use this endpoint."""
+
+    def __init__(self, scope: str) -> None:
+        super().__init__(
+            f"You have insufficient permissions for this operation. Missing scopes: {scope}. "
+            "Use an API key that has this scope, or ask whoever manages your project for one."
+        )
+
+
+class ForbiddenAddress(ApiError):
+    """This key may not be used from there."""
+
+    def __init__(self, address: object | None) -> None:
+        told = f"Your IP address {address}" if address is not None else "Your IP address"
+        super().__init__(f"{told} is not allowed to use this API key.")
+
+
+class KeyEnded(ApiError):
+    """The key was revoked or expired, or its owner was disabled, while its answer was written."""
+
+    def __init__(self) -> None:
+        super().__init__("The answer was ended: the API key that asked for it is not valid any more.")
+
+
 class UnknownUrl(ApiError):
     """Nothing is served at this URL."""
 
@@ -130,11 +169,27 @@ class ResponseNotFound(ApiError):
         super().__init__(f"Response with id '{_printable(response_id)}' not found.")
 
 
+class RateLimited(ApiError):
+    """A limit has no room for it now. Its headers say when it has."""
+
+    def __init__(self, message: str, headers: list[Header]) -> None:
+        super().__init__(message)
+        self.headers = headers
+
+
+class TokensLimited(RateLimited):
+    """A limit that counts tokens has no room for it now."""
+
+
 class StorageAway(ApiError):
     """The database, or the disk of the ledger, does not answer. A later try can help."""
 
     def __init__(self) -> None:
         super().__init__(STORAGE)
+
+
+class LimitUnknown(StorageAway):
+    """Redis, which counts for the limits, does not answer, and a limit says that it must be asked."""
 
 
 def _printable(text: str) -> str:
@@ -160,9 +215,15 @@ ROWS: dict[type[Exception], Row] = {
     UnknownModel: Row(404, "invalid_request_error", "model_not_found"),
     WrongEndpoint: Row(400, "invalid_request_error"),
     ForbiddenModel: Row(403, "invalid_request_error", "model_not_found"),
+    ForbiddenScope: Row(403, "invalid_request_error", "missing_scope"),
+    ForbiddenAddress: Row(403, "invalid_request_error", "ip_not_allowed"),
+    KeyEnded: Row(401, "invalid_request_error", "invalid_api_key"),
     UnknownUrl: Row(404, "invalid_request_error"),
     NotServed: Row(404, "invalid_request_error"),
     ResponseNotFound: Row(404, "invalid_request_error"),
+    RateLimited: Row(429, "requests", "rate_limit_exceeded"),
+    TokensLimited: Row(429, "tokens", "rate_limit_exceeded"),
+    LimitUnknown: Row(503, "service_unavailable_error", "storage"),
     StorageAway: Row(503, "service_unavailable_error", "storage"),
     # Between client and consumer. 499 is for the log: nobody is there to read it.
     HttpError: Row(400, "invalid_request_error"),
@@ -177,10 +238,12 @@ ROWS: dict[type[Exception], Row] = {
     WorkerRefused: Row(400, "invalid_request_error"),
     # The facts' own rules.
     RegistryError: Row(500, "server_error", message=INTERNAL_ERROR),
+    BudgetExhausted: Row(429, "insufficient_quota", "insufficient_quota"),
     InvalidInput: Row(400, "invalid_request_error"),
     InvalidTransition: Row(409, "invalid_request_error", "conflict"),
     StillInUse: Row(409, "invalid_request_error", "conflict"),
     JoinRefused: Row(403, "invalid_request_error", "join_refused"),
+    NotAllowed: Row(403, "invalid_request_error", "insufficient_role"),
 }
 
 FAULT = Row(500, "server_error", message=INTERNAL_ERROR)
@@ -204,13 +267,19 @@ def answer_to(error: Exception) -> tuple[int, dict[str, Any], list[Header]]:
         param=getattr(error, "param", None) or getattr(error, "field", None),
         code=row.code or getattr(error, "code", None),
     )
-    headers: list[Header] = []
+    headers: list[Header] = list(getattr(error, "headers", ()))
     if row.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     elif row.status == 503:
         headers.append((b"retry-after", b"%d" % retry_after_seconds(error)))
     elif isinstance(error, MethodNotAllowed):
         headers.append((b"allow", error.allow.encode()))
+    elif isinstance(error, BudgetExhausted):
+        if error.retry_after is not None:
+            headers.append((b"retry-after", b"%d" % retry_after_seconds(error)))
+        if not error.passing:
+            # SDKs would try it again at once, for nothing.
+            headers.append((b"x-should-retry", b"false"))
     return row.status, payload, headers
 
 

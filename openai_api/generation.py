@@ -5,7 +5,8 @@
 3. Parse it.
 4. Resolve the route; what none of its engines honours is refused by name, the endpoint itself included.
 5. Authorize: may this key use this route?
-6. Open the ledger's entry: from here on the request has exactly one usage event.
+6. Admit it by the limits; open the ledger's entry, from here on the request has exactly one usage event;
+   set aside what it may cost, where a hard budget concerns it.
 7. Dispatch: a lease on a worker. One that fails before its first byte is replaced by another.
 8. Forward. The first event is taken before the status line is sent.
 9. Relay, counting tokens before the client sees them.
@@ -23,6 +24,7 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Annotated
 
 import msgspec
+from django.db import Error as DatabaseError
 
 from inference.client import DONE
 from inference.dispatch.leases import Lease
@@ -30,6 +32,7 @@ from inference.dispatch.views import RouteView, WorkerView
 from inference.errors import WorkerBroke, WorkerUnreachable
 from inference.http import ClientGone, HttpConsumer, Request
 from openai_api import limits
+from openai_api.admission import Admitted
 from openai_api.answered import Answered
 from openai_api.auth import Key
 from openai_api.dialects import Dialect, dialect_of
@@ -45,8 +48,13 @@ from openai_api.errors import (
 from openai_api.gateway import Gateway
 from openai_api.parsing import check_headers, unsupported
 from openai_api.protocol import Call
+from openai_api.protocol.call import Size
+from registry.actions.budgets import reserve
+from registry.figures import oddity
+from registry.rights import PRIORITY_ORDER
 from registry.spool import Closed, Entry, Opened, SpoolFull
 from registry.states import Outcome
+from registry.threads import in_database
 
 logger = logging.getLogger("roundhouse.request")
 
@@ -60,6 +68,8 @@ class Generation:
         self._consumer = consumer
         self._http: HttpConsumer | None = None
         self._started = False
+        self._ended = False
+        """The last of a stream was sent."""
         self._counted: tuple[int, int] | None = None
         """What was counted when `keep_alive` was last called."""
         self._comment: asyncio.Task[None] | None = None
@@ -68,6 +78,9 @@ class Generation:
         self._key: Key | None = None
         self._model = ""
         self._stream = False
+        self._most_tokens: int | None = None
+        """What was asked for at most, over all answers."""
+        self._admitted: Admitted | None = None
         self._entry: Entry | None = None
         self._lease: Lease | None = None
         self._worker: WorkerView | None = None
@@ -80,22 +93,27 @@ class Generation:
         self._cached = 0
         self._completion = 0
         self._abort: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[object] | None = None
+        self._cut: Exception | None = None
+        """Why the gateway ends it."""
+        self._cutting: asyncio.Task[None] | None = None
 
     async def run(self, request: Request, consumer: HttpConsumer) -> None:
         """Answer a client. Raises what it is told by `answer_to`, as long as nothing was sent."""
         self._request_id = request.request_id
         self._http = consumer
         async with self._settled():
-            self._key = await self._gateway.keys.authenticate(request.credential)  # 1
+            self._key = await self._gateway.keys.admit(request, self._endpoint.scope)  # 1
             check_headers(request.headers)
-            body = await consumer.read_body(limits.BODY_BYTES)  # 2
-            await self._answer(self._key, body)
+            # No name for it here: `_answer` lets it go once it is parsed, however long the answer takes.
+            await self._answer(self._key, await consumer.read_body(limits.BODY_BYTES))  # 2
 
     async def run_as(self, key: Key, body: bytes, *, request_id: str) -> None:
         """Answer somebody whom we know already (a person in the chat): the same from step 3 on."""
         self._request_id = request_id
         async with self._settled():
             self._key = key
+            key.check_scope(self._endpoint.scope)
             await self._answer(key, body)
 
     async def _answer(self, key: Key, body: bytes) -> None:
@@ -104,25 +122,35 @@ class Generation:
         self._model, self._stream = call.model or "", call.streamed
         fields = call.needs()
         needs = self._endpoint.needs | fields if fields else self._endpoint.needs
-        route = self._resolve(key, needs)  # 4, 5
+        route = self._resolve(key, call, needs)  # 4, 5
         if self._endpoint.prepare is not None:
             await self._endpoint.prepare(call, key)
         if self._endpoint.adapter is not None:
             self._consumer = self._endpoint.adapter(self._consumer, call, key, self._request_id)
-        self._entry = self._open(key)  # 6
-        self._gateway.enter()
         forwarded = call.forwarded(fields)
+        counted = self._endpoint.counted
+        size = call.size(len(forwarded)) if counted else Size(0)
+        if size.most_tokens is not None:
+            self._most_tokens = size.most_tokens * size.answers
+        if key.rules:
+            await self._admit(key, size, len(forwarded) if counted else 0)  # 6
+        self._entry = self._open(key)
+        self._gateway.enter(self, key)
+        if key.budgets and counted:
+            await self._reserve(key.budgets, self._entry, route, size)
         if not self._stream:
-            await self._answer_whole(route, needs, forwarded)  # 7, 8, 9
+            async with self._cuttable():
+                await self._answer_whole(route, needs, forwarded)  # 7, 8, 9
             return
         if self._http is not None:
             self._gateway.waiting.add(self)
         try:
-            await self._answer_stream(route, needs, forwarded, call)
+            async with self._cuttable():
+                await self._answer_stream(route, needs, forwarded, call)
         except Exception as error:
             if not self._started or self._consumer.client_gone or isinstance(error, ClientGone):
                 raise
-            # It was told to wait already: the status line is out.
+            # It was told to wait already, or had some of its answer: the status line is out.
             self._error = error
             await self._end_with(error)
 
@@ -135,6 +163,40 @@ class Generation:
             raise
         finally:
             await self._settle()  # 10
+            # An error knows the frames that it came through, and so this object and a body of megabytes:
+            # in a circle they would wait for the collector, which rarely comes.
+            self._error = self._cut = None
+
+    @asynccontextmanager
+    async def _cuttable(self) -> AsyncIterator[None]:
+        """What is within and breaks off because of `cut` raises the error that was given there."""
+        self._task = asyncio.current_task()
+        try:
+            yield
+        except ClientGone:
+            raise
+        except asyncio.CancelledError:
+            if self._cut is None or self._task is None or self._task.uncancel() > 0:
+                raise  # by the client or the server
+            raise self._cut from None
+        except Exception:
+            if self._cut is None:
+                raise
+            raise self._cut from None
+        finally:
+            self._task = None
+
+    def cut(self, error: Exception) -> None:
+        """End it from our side: the worker is told to stop, and the client gets `error`, within a stream as
+        its last event. Returns at once. One that has just ended stays as it is."""
+        if self._cutting is None:
+            self._cut = error
+            self._cutting = asyncio.create_task(self._end_early())
+
+    async def _end_early(self) -> None:
+        await self.client_left()
+        if self._task is not None:
+            self._task.cancel()
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -167,13 +229,16 @@ class Generation:
             # It ended in this moment: its own task tells what there is to tell.
             logger.debug("a stream took no comment", exc_info=True)
 
-    async def _begin(self) -> None:
+    async def _begin(self, prompt_tokens: int = 0) -> None:
         if not self._started:
             self._started = True
             self._status = 200
-            await self._consumer.stream_start()
+            await self._consumer.stream_start(prompt_tokens)
 
     async def _end_with(self, error: Exception) -> None:
+        if self._ended:
+            return
+        self._ended = True
         payload = msgspec.json.encode(answer_to(error)[1])
         await self._consumer.stream_end(b"data: " + payload + b"\n\n")
 
@@ -184,7 +249,7 @@ class Generation:
 
     # -- 4, 5, 6
 
-    def _resolve(self, key: Key, needs: frozenset[str]) -> RouteView:
+    def _resolve(self, key: Key, call: Call, needs: frozenset[str]) -> RouteView:
         model = self._model
         route = self._gateway.fleet.route(model)
         if route is None:
@@ -198,17 +263,55 @@ class Generation:
                     return route
                 nobody = False
         if not nobody:
-            raise self._lacking(route, needs)
+            raise self._lacking(route, call, needs)
         return route  # whose workers may be back in a moment: dispatch says what it means
 
-    def _lacking(self, route: RouteView, needs: frozenset[str]) -> Exception:
+    def _lacking(self, route: RouteView, call: Call, needs: frozenset[str]) -> Exception:
         """Why none of the workers can take it: names what the most capable of them lacks."""
         workers = [worker for deployment, _ in route.targets for worker in deployment.workers]
         answering = [worker for worker in workers if self._endpoint.needs <= worker.capabilities]
         if not answering:
             return WrongEndpoint(self._model)
         _, field = min((len(lacks), min(lacks)) for lacks in (needs - one.capabilities for one in answering))
-        return unsupported(field, self._model)
+        return unsupported(call.given_as(field), self._model)
+
+    async def _admit(self, key: Key, size: Size, prompt_bytes: int) -> None:
+        self._admitted = await self._gateway.admission.admit(
+            key,
+            self._model,
+            prompt_bytes=prompt_bytes,
+            max_tokens=size.most_tokens,
+            choices=size.answers,
+            request_id=self._request_id,
+        )
+        if self._admitted is not None:
+            if self._http is not None:
+                self._http.answer_headers += self._admitted.headers
+            self._gateway.limited.add(self)
+
+    def true_up(self) -> None:
+        """Tell the limits what was used so far. Called now and then while the request is open."""
+        if self._admitted is not None:
+            self._admitted.progress(self._prompt, self._completion)
+
+    async def _reserve(self, budgets: tuple[int, ...], entry: Entry, route: RouteView, size: Size) -> None:
+        contexts = [deployment.context_length or limits.UNKNOWN_CONTEXT for deployment, _ in route.targets]
+        context = max(contexts, default=limits.UNKNOWN_CONTEXT)
+        most = context if size.most_tokens is None else min(size.most_tokens, context)
+        try:
+            await in_database(
+                reserve,
+                budget_ids=budgets,
+                request_id=self._request_id,
+                route=self._model,
+                prompt_tokens=min(size.prompt_tokens, context * size.prompts),
+                completion_tokens=most * size.answers,
+                started_at=entry.opened.started_at,
+                gateway=self._gateway.name,
+            )
+        except DatabaseError as error:
+            logger.warning("a hard budget could not be asked", extra={"event": "budget_away"})
+            raise StorageAway from error
 
     def _open(self, key: Key) -> Entry:
         try:
@@ -234,7 +337,10 @@ class Generation:
     async def _next_worker(
         self, route: RouteView, needs: frozenset[str], avoid: frozenset[int]
     ) -> WorkerView:
-        lease = self._lease = await self._gateway.dispatcher.acquire(route, avoid=avoid, needs=needs)
+        rank = PRIORITY_ORDER[self._key.priority] if self._key is not None else 1
+        lease = self._lease = await self._gateway.dispatcher.acquire(
+            route, avoid=avoid, needs=needs, rank=rank
+        )
         self._queued += lease.queue_seconds
         self._attempts += 1
         self._worker = lease.worker
@@ -259,6 +365,8 @@ class Generation:
         )
         if self._consumer.client_gone:
             raise ClientGone from error
+        if self._cut is not None:
+            raise self._cut
         if self._attempts >= limits.WORKERS_TRIED:
             raise error
 
@@ -280,6 +388,8 @@ class Generation:
         # Free before the client has read it all: the worker's part is done.
         if self._lease is not None:
             self._lease.release()
+        if self._cut is not None:
+            raise self._cut
         self._status = 200
         await self._consumer.send_json(200, answer)
 
@@ -307,7 +417,7 @@ class Generation:
                     first = await anext(events)
                     if first.startswith(_ERROR):
                         raise WorkerUnreachable(f"{worker.name} answered with an error event.")
-                    dialect = dialect_of(worker.engine, asked, self._model)
+                    dialect = dialect_of(worker.engine, asked, self._model, call.samples)
                     if dialect is not None:
                         first = dialect.event(first)
                 except StopAsyncIteration:
@@ -318,7 +428,8 @@ class Generation:
                     self._give_up(worker, error)
                 else:
                     self._first_at = time.monotonic()
-                    await self._begin()
+                    tail = _TAIL.search(first)
+                    await self._begin(0 if tail is None else int(tail[1]))
                     if dialect is not None:
                         events = _in_dialect(dialect, events)
                     await self._relay(first, events, shows_usage)
@@ -352,6 +463,8 @@ class Generation:
                     await self._relay_other(event, shows_usage)
                 event = await anext(events)
         except (WorkerBroke, StopAsyncIteration) as error:
+            if self._cut is not None:
+                raise self._cut from None
             broke = error if isinstance(error, WorkerBroke) else WorkerBroke("The stream ended early.")
             self._error = broke
             if self._consumer.client_gone:
@@ -364,6 +477,9 @@ class Generation:
             )
             await self._end_with(broke)
             return
+        if self._cut is not None:
+            raise self._cut
+        self._ended = True
         await self._consumer.stream_end(b"data: [DONE]\n\n")
         # The client has all of it; what follows only lets the connection be used again.
         await anext(events, None)
@@ -422,11 +538,15 @@ class Generation:
             outcome, status = self._outcome()
             if self._lease is not None:
                 self._lease.release()
+            if self._admitted is not None:
+                self._gateway.limited.discard(self)
+                self._admitted.settle(self._prompt, self._completion)
             if self._entry is not None:
                 self._gateway.waiting.discard(self)
                 if self._comment is not None:
                     self._comment.cancel()
-                self._gateway.leave()
+                if self._key is not None:
+                    self._gateway.leave(self, self._key)
                 self._entry.close(self._closed(outcome, status))
             self._gateway.meter.note(
                 self._model if self._entry is not None else "",
@@ -442,7 +562,9 @@ class Generation:
 
     def _outcome(self) -> tuple[Outcome, int]:
         error = self._error
-        if self._consumer.client_gone or isinstance(error, ClientGone):
+        # After our last word the client hangs up: that it was cut is older news.
+        cut = self._cut is not None and error is self._cut
+        if not cut and (self._consumer.client_gone or isinstance(error, ClientGone)):
             return Outcome.ABORTED, 499
         if error is None:
             return Outcome.OK, 200
@@ -465,6 +587,9 @@ class Generation:
             prompt_tokens=self._prompt,
             cached_tokens=self._cached,
             completion_tokens=self._completion,
+            flagged=oddity(
+                completion_tokens=self._completion, characters=None, most_tokens=self._most_tokens
+            ),
         )
 
     def _milliseconds(self, instant: float | None) -> int | None:

@@ -43,11 +43,20 @@ LENGTH_PENALTY_MAX = 10.0
 """Lies within minus this and this."""
 TOP_K_MAX = 1_000_000
 
+FORM_BYTES = 160 * 1024
+"""A form, or whatever else is sent to a page: taking one apart costs a microsecond per byte at worst."""
 HEADER_BLOCK_BYTES = 16 * 1024
 HEADER_SECONDS = 10.0
 """A connection that has not sent a whole header after this is closed."""
 BODY_SECONDS = 30.0
 """A body that is not complete this long after its header ends the connection."""
+
+TEMPLATE_TOKENS = 1024
+"""A prompt has at most as many tokens as its request has bytes, and these, which a template may add."""
+UNKNOWN_CONTEXT = 131_072
+"""Context length of a model whose engine has not told it yet, where the most is to be assumed."""
+TRUE_UP_SECONDS = 1.0
+"""Limits hear this often what an open stream has used so far."""
 
 WORKERS_TRIED = 3
 """How many workers one request may try before its first byte."""

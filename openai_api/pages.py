@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from django.http import HttpRequest, HttpResponse
@@ -13,7 +14,7 @@ from django.views.decorators.http import require_safe
 
 from openai_api.document import document
 
-METHODS = ("get", "post")
+METHODS = ("get", "post", "delete")
 
 
 @require_safe
@@ -26,46 +27,82 @@ def docs(request: HttpRequest) -> HttpResponse:
         for method in METHODS
         if method in item
     ]
-    refusals = [
-        (status, _marked(said["description"])) for status, said in api["components"]["responses"].items()
+    groups = [
+        {
+            "name": tag["name"],
+            "about": tag["description"],
+            "operations": [one for one in operations if one["tag"] == tag["name"]],
+        }
+        for tag in api["tags"]
     ]
-    about = _marked(api["info"]["description"])
-    facts = {"info": api["info"], "about": about, "operations": operations, "refusals": refusals}
+    shown = {}
+    for name, said in api["components"]["responses"].items():
+        example = said["content"]["application/json"].get("example")
+        shown[name] = {"about": _marked(said["description"]), "example": example and _pretty(example)}
+    refusals = [(status, told) for status, told in shown.items() if status.isdigit()]
+    types = [_kind(name, schema) for name, schema in sorted(api["components"]["schemas"].items())]
+    facts = {
+        "info": api["info"],
+        "about": _marked(api["info"]["description"]),
+        "groups": groups,
+        "refusals": refusals,
+        "types": types,
+    }
     return render(request, "openai_api/docs.html", facts)
 
 
 def _operation(api: dict[str, Any], method: str, path: str, operation: dict[str, Any]) -> dict[str, Any]:
     schemas = api["components"]["schemas"]
-    fields: list[dict[str, Any]] = [
-        {
-            "name": one["name"],
-            "type": _type(one["schema"]),
-            "required": one["required"],
-            "about": one.get("description", ""),
-        }
-        for one in operation.get("parameters", ())
+    fields = [
+        _field(one["name"], one["schema"] | one, one["required"]) for one in operation.get("parameters", ())
     ]
     example = None
     if body := operation.get("requestBody"):
         content = body["content"]["application/json"]
-        schema = schemas[content["schema"]["$ref"].rpartition("/")[2]]
+        schema = content["schema"]
+        if "$ref" in schema:
+            schema = schemas[schema["$ref"].rpartition("/")[2]]
         example = _pretty(content["example"])
-        fields += [
-            {"name": name, "type": _type(kind), "required": name in schema.get("required", ()), "about": ""}
-            for name, kind in schema["properties"].items()
-        ]
+        fields += _fields(schema)
         fields.sort(key=lambda field: not field["required"])
-    answer = operation["responses"]["200"]["content"]["application/json"]
+    answered = operation["responses"].get("200", {}).get("content", {})
+    answer = answered.get("application/json", {})
     return {
         "id": operation["operationId"],
+        "tag": operation["tags"][0],
         "method": method.upper(),
         "path": path,
         "summary": operation["summary"],
         "description": _marked(operation.get("description", "")),
+        "deprecated": operation.get("deprecated", False),
+        "public": "security" in operation,
         "fields": fields,
         "example": example,
         "answer": _pretty(answer["example"]) if "example" in answer else None,
+        "answer_type": _linked(_type(answer["schema"])) if "$ref" in answer.get("schema", {}) else None,
+        "stream": answered.get("text/event-stream", {}).get("x-example", "").strip(),
+        "refusals": [status for status in operation["responses"] if status != "200"],
     }
+
+
+def _fields(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    required = schema.get("required", ())
+    return [_field(name, kind, name in required) for name, kind in schema.get("properties", {}).items()]
+
+
+def _field(name: str, kind: dict[str, Any], required: bool) -> dict[str, Any]:
+    return {
+        "name": name,
+        "type": _linked(_type(kind)),
+        "required": required,
+        "about": _marked(kind.get("description", "")),
+    }
+
+
+def _kind(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema that others name."""
+    about = " ".join(schema.get("description", "").split())
+    return {"name": name, "about": _marked(about), "fields": _fields(schema)}
 
 
 def _type(schema: dict[str, Any]) -> str:
@@ -74,13 +111,17 @@ def _type(schema: dict[str, Any]) -> str:
         kinds = [_type(one) for one in schema["anyOf"] if one.get("type") != "null"]
         return " or ".join(dict.fromkeys(kinds))
     if "enum" in schema:
-        return " or ".join(str(one) for one in schema["enum"] if one is not None)
+        return " or ".join(f"`{one}`" for one in schema["enum"] if one is not None)
+    if "const" in schema:
+        return f"`{schema['const']}`"
     if "$ref" in schema:
-        return str(schema["$ref"].rpartition("/")[2])
+        return f"[{schema['$ref'].rpartition('/')[2]}]"
     kind = str(schema.get("type", "any"))
     if kind == "array":
         inner = _type(schema.get("items") or {})
         most = f", at most {schema['maxItems']}" if "maxItems" in schema else ""
+        if inner == "any":
+            return f"list{most}"
         return f"list of ({inner}){most}" if " or " in inner else f"list of {inner}{most}"
     if kind in ("integer", "number"):
         lower, upper = schema.get("minimum"), schema.get("maximum")
@@ -88,6 +129,19 @@ def _type(schema: dict[str, Any]) -> str:
             return f"{kind}, {lower} to {upper}"
         return f"{kind}, at least {lower}" if lower is not None and lower > -(2**63) else kind
     return kind
+
+
+def _linked(kind: str) -> SafeString:
+    """A type with the names of others as links."""
+    pieces = re.split(r"\[(\w+)\]", kind)
+    return format_html_join(
+        "",
+        "{}",
+        (
+            (format_html('<a href="#type-{}">{}</a>', one, one) if at % 2 else _marked(one),)
+            for at, one in enumerate(pieces)
+        ),
+    )
 
 
 def _marked(text: str) -> SafeString:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import msgspec
@@ -91,23 +92,41 @@ def _too_deep() -> InvalidRequest:
 
 
 def _check_depth(body: bytes) -> None:
-    """Refuse nesting beyond the bound. `body` is valid JSON. All steps run in C: a body of many small
-    brackets costs milliseconds."""
-    if body.count(b"[") + body.count(b"{") <= limits.JSON_DEPTH:
+    """Refuse nesting beyond the bound. `body` is valid JSON. Nearly all steps run in C over what the one
+    before left: a prompt of a megabyte costs less than a millisecond, one full of quoted code a few."""
+    if len(body.translate(None, _NO_OPENERS)) <= limits.JSON_DEPTH:
         return
-    # Without escaped quotes, every second piece between quotes is inside a string.
-    outside = b"".join(body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
-    brackets = outside.translate(_TO_ROUND, _NO_BRACKETS)
-    for _ in range(limits.JSON_DEPTH):
+    if b"\\" in body:
+        # Whatever may follow a backslash is kept, so that each still stands before what it escapes.
+        body = body.translate(None, _NO_ESCAPES).replace(b"\\\\", b"").replace(b'\\"', b"")
+    # Strings that meet become one: what is inside of one, and what is not, stays so.
+    marks = body.translate(_UP_AND_DOWN, _NO_MARKS).replace(b'""', b"")
+    if b'"' in marks:
+        # Every second piece between quotes is inside a string.
+        marks = b"".join(marks.split(b'"')[::2])
+    depth = 0
+    while marks and depth <= limits.JSON_DEPTH:
         # One innermost level less each time.
-        brackets = brackets.replace(b"()", b"")
-        if not brackets:
-            return
-    raise _too_deep()
+        depth, before, marks = depth + 1, len(marks), marks.replace(_LEVEL, b"")
+        if len(marks) > before * 3 // 4:
+            # Long runs: soon a walk through what is left is shorter.
+            depth += max(accumulate(memoryview(marks).cast("b")))
+            break
+    if depth > limits.JSON_DEPTH:
+        raise _too_deep()
 
 
-_TO_ROUND = bytes.maketrans(b"[]{}", b"()()")
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_UP_AND_DOWN = bytes.maketrans(b"[]{}", b"\x01\xff\x01\xff")
+_LEVEL = b"\x01\xff"
+
+
+def _all_but(kept: bytes) -> bytes:
+    return bytes(set(range(256)) - set(kept))
+
+
+_NO_OPENERS = _all_but(b"[{")
+_NO_ESCAPES = _all_but(b'[]{}"\\/bfnrtu')
+_NO_MARKS = _all_but(b'[]{}"')
 
 
 def _refuse_nul(value: Any, path: str) -> None:

@@ -1,4 +1,5 @@
-"""GET /v1/organization/usage/completions, in OpenAI's shape: what the key's project used.
+"""GET /v1/organization/usage/{completions,embeddings} and /v1/organization/costs, in OpenAI's shape: what
+the key's project used.
 
 The same query as the usage page, in buckets of UTC. Pages are cut by buckets: the cursor is the start of
 the next one.
@@ -7,12 +8,13 @@ the next one.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import groupby, pairwise
 from typing import Any
 
+from django.conf import settings
 from django.db import Error as DatabaseError
 from django.http import QueryDict
 from rest_framework.request import Request
@@ -21,9 +23,10 @@ from rest_framework.views import APIView
 
 from openai_api.auth import Key
 from openai_api.errors import InvalidRequest, MissingKey, StorageAway
+from openai_api.views import READ
 from registry.reports import Dimension, Figures, Row, UsageQuery, Width
+from registry.rights import Scope
 
-ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 CURSOR = "page_"
 LATEST = 253_402_300_799
 """The last second of the year 9999."""
@@ -48,30 +51,107 @@ GROUPS: dict[str, frozenset[Dimension]] = {
     # A person's chats are accounted under a key of their own.
     "user_id": frozenset({Dimension.KEY}),
     "model": frozenset({Dimension.MODEL}),
+    "line_item": frozenset({Dimension.MODEL}),
     # There are no batches: every request is in the one group.
     "batch": frozenset(),
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kind:
+    """What one of the URLs tells of its rows."""
+
+    object: str
+    groups: tuple[str, ...]
+    """Words of `group_by`, each a field of a result."""
+    endpoints: frozenset[str] | None = None
+    """None: whatever was asked."""
+    buckets: Mapping[str, _Bucket] = field(default_factory=lambda: BUCKETS)
+    figures: Callable[[Figures], dict[str, Any]]
+
+
+def _tokens(figures: Figures) -> dict[str, Any]:
+    return {
+        "input_tokens": figures.input_tokens,
+        "output_tokens": figures.output_tokens,
+        "input_cached_tokens": figures.cached_tokens,
+        "input_audio_tokens": 0,
+        "output_audio_tokens": 0,
+        "num_model_requests": figures.requests,
+    }
+
+
+def _embedded(figures: Figures) -> dict[str, Any]:
+    return {"input_tokens": figures.input_tokens, "num_model_requests": figures.requests}
+
+
+def _amount(figures: Figures) -> dict[str, Any]:
+    currency = settings.ROUNDHOUSE_CURRENCY.lower()
+    return {"amount": {"value": figures.cost_micros / 1_000_000, "currency": currency}}
+
+
+COMPLETIONS = _Kind(
+    object="organization.usage.completions.result",
+    groups=("project_id", "user_id", "api_key_id", "model", "batch"),
+    endpoints=frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}),
+    figures=_tokens,
+)
+EMBEDDINGS = _Kind(
+    object="organization.usage.embeddings.result",
+    groups=("project_id", "user_id", "api_key_id", "model"),
+    endpoints=frozenset({"/v1/embeddings"}),
+    figures=_embedded,
+)
+COSTS = _Kind(
+    object="organization.costs.result",
+    groups=("line_item", "project_id", "api_key_id"),
+    buckets={"1d": _Bucket(Width.DAY, timedelta(days=1), 7, 180)},
+    figures=_amount,
+)
 USER = "user-"
 
 
-class CompletionsUsage(APIView):
+class _Usage(APIView):
     """What the project of the key that asks used, bucket by bucket."""
+
+    scope = Scope.USAGE.value
+    kind: _Kind
+    http_method_names = READ
 
     def get(self, request: Request) -> Response:
         key: Any = request.user
         if not isinstance(key, Key):
             raise MissingKey
-        asked = Asked.of(request._request.GET)
+        asked = Asked.of(request._request.GET, self.kind)
         try:
             return Response(asked.page(key.project_id))
         except DatabaseError as error:
             raise StorageAway from error
 
 
+class CompletionsUsage(_Usage):
+    """What was generated."""
+
+    kind = COMPLETIONS
+
+
+class EmbeddingsUsage(_Usage):
+    """What was embedded."""
+
+    kind = EMBEDDINGS
+
+
+class Costs(_Usage):
+    """What all of it cost, by the day."""
+
+    kind = COSTS
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """The query string, checked."""
 
+    kind: _Kind
     start: int
     end: int
     bucket: _Bucket
@@ -83,7 +163,7 @@ class Asked:
     batch: bool | None
 
     @classmethod
-    def of(cls, words: QueryDict) -> Asked:
+    def of(cls, words: QueryDict, kind: _Kind) -> Asked:
         """Raises InvalidRequest with the name of the word that cannot be used."""
         start = _seconds(words, "start_time")
         if start is None:
@@ -93,12 +173,14 @@ class Asked:
         if end is not None and end <= start:
             raise InvalidRequest("'end_time' must be after 'start_time'.", param="end_time")
         width = words.get("bucket_width", "1d")
-        if width not in BUCKETS:
-            raise InvalidRequest("'bucket_width' must be one of 1m, 1h, 1d.", param="bucket_width")
+        if width not in kind.buckets:
+            allowed = ", ".join(kind.buckets)
+            raise InvalidRequest(f"'bucket_width' must be one of {allowed}.", param="bucket_width")
         groups = _list(words, "group_by")
         for group in groups:
-            if group not in GROUPS:
-                raise InvalidRequest(f"'group_by' must be any of {', '.join(GROUPS)}.", param="group_by")
+            if group not in kind.groups:
+                allowed = ", ".join(kind.groups)
+                raise InvalidRequest(f"'group_by' must be any of {allowed}.", param="group_by")
         projects = _list(words, "project_ids")
         # Whatever is no number is the id of no project.
         numbers = frozenset(int(text) for text in projects if text.isascii() and text.isdigit())
@@ -108,11 +190,12 @@ class Asked:
         if page:
             start = _cursor(page, start)
         return cls(
+            kind=kind,
             start=start,
             end=end if end is not None else max(now, start + 1),
-            bucket=BUCKETS[width],
+            bucket=kind.buckets[width],
             groups=frozenset(groups),
-            limit=_limit(words, BUCKETS[width]),
+            limit=_limit(words, kind.buckets[width]),
             projects=numbers if projects else None,
             keys=keys or None,
             models=models or None,
@@ -131,7 +214,7 @@ class Asked:
             projects=visible,
             keys=self.keys,
             models=self.models,
-            endpoints=ENDPOINTS,
+            endpoints=self.kind.endpoints,
         )
         # Nothing here is a batch.
         rows = () if self.batch else query.rows()
@@ -162,26 +245,22 @@ class Asked:
     def _results(self, rows: Iterable[Row]) -> list[dict[str, Any]]:
         sums: dict[tuple[tuple[str, Any], ...], Figures] = {}
         for row in rows:
+            if not (row.figures.requests or row.figures.cost_micros):
+                continue
             names = {
                 "project_id": str(row.project_id),
                 "user_id": row.key if row.key.startswith(USER) else None,
                 "api_key_id": row.key,
                 "model": row.model,
+                "line_item": row.model,
                 "batch": False,
             }
-            identity = tuple((name, value if name in self.groups else None) for name, value in names.items())
+            identity = tuple(
+                (name, names[name] if name in self.groups else None) for name in self.kind.groups
+            )
             sums.setdefault(identity, Figures()).add(row.figures)
         return [
-            {
-                "object": "organization.usage.completions.result",
-                "input_tokens": figures.input_tokens,
-                "output_tokens": figures.output_tokens,
-                "input_cached_tokens": figures.cached_tokens,
-                "input_audio_tokens": 0,
-                "output_audio_tokens": 0,
-                "num_model_requests": figures.requests,
-                **dict(identity),
-            }
+            {"object": self.kind.object, **self.kind.figures(figures), **dict(identity)}
             for identity, figures in sums.items()
         ]
 

@@ -13,13 +13,18 @@ from rest_framework.views import APIView
 from openai_api.auth import Key
 from openai_api.errors import MissingKey, StorageAway, UnknownModel
 from registry.models import Route
+from registry.rights import Scope
+
+READ = ["get", "head"]
+"""Not OPTIONS: what DRF would tell there is in the OpenAPI document."""
 
 
 def allowed_routes(key: Key) -> QuerySet[Route]:
     """Routes that this key may use and that lead somewhere, with the tokens that each of them takes."""
     routes = Route.objects.filter(enabled=True, targets__isnull=False)
-    if key.routes:
-        routes = routes.filter(name__in=key.routes)
+    if key.held_to_routes:
+        names = Route.objects.filter(enabled=True).values_list("name", flat=True)
+        routes = routes.filter(name__in=[name for name in names if key.may_use(name)])
     return routes.annotate(
         # Of several deployments the smallest: what is longer is not answered by all of them.
         context_length=Min("targets__deployment__language_model__context_length")
@@ -47,6 +52,9 @@ def model_object(route: Any) -> dict[str, Any]:
 class Models(APIView):
     """GET /v1/models: what this key may use. Asks no worker."""
 
+    scope = Scope.MODELS.value
+    http_method_names = READ
+
     def get(self, request: Request) -> Response:
         try:
             data = [model_object(route) for route in allowed_routes(_key(request))]
@@ -58,7 +66,13 @@ class Models(APIView):
 class ModelDetail(APIView):
     """GET /v1/models/{id}; an id may hold slashes."""
 
+    scope = Scope.MODELS.value
+    http_method_names = READ
+
     def get(self, request: Request, model: str) -> Response:
+        if "\0" in model:
+            # No name has one, and PostgreSQL takes none in a question.
+            raise UnknownModel(model, param="model")
         try:
             route = allowed_routes(_key(request)).filter(name=model).first()
         except DatabaseError as error:

@@ -48,8 +48,9 @@ class NewKey:
     last4: str
 
 
-def generate_key() -> NewKey:
-    public_id = _random(PUBLIC_ID_LENGTH)
+def generate_key(public_id: str = "") -> NewKey:
+    """A new key, or with the public id of one a new secret for it."""
+    public_id = public_id or _random(PUBLIC_ID_LENGTH)
     secret = _random(SECRET_LENGTH)
     text = f"sk-{public_id}-{secret}{_checksum(public_id + secret)}"
     return NewKey(text=text, public_id=public_id, last4=text[-4:])

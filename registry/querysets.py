@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 from django.db import connection, models
 from django.utils import timezone
 
+from registry.rights import Role
 from registry.states import WORKER_BEATING, WORKER_LIVE, NodeState, WorkerState
 
 if TYPE_CHECKING:
-    from registry.models import ApiKey, Node, Worker  # noqa: F401 (type arguments below)
+    from django.contrib.auth.base_user import AbstractBaseUser
+
+    from registry.models import ApiKey, Limit, Node, Project, Worker  # noqa: F401 (type arguments below)
 
 
 def database_now() -> datetime:
@@ -54,6 +57,38 @@ class ApiKeyQuerySet(models.QuerySet["ApiKey"]):
         """Those neither revoked nor expired."""
         return self.filter(revoked_at__isnull=True).filter(
             models.Q(expires_at__isnull=True) | models.Q(expires_at__gt=now)
+        )
+
+    def ended(self, now: datetime) -> ApiKeyQuerySet:
+        """The others."""
+        return self.filter(models.Q(revoked_at__isnull=False) | models.Q(expires_at__lte=now))
+
+    def seen_by(self, user: AbstractBaseUser) -> ApiKeyQuerySet:
+        """Those that a person may see on their own pages: of the projects in which they have a role."""
+        return self.filter(project__memberships__user_id=user.pk)
+
+
+def owner_may_use(api_key: ApiKey) -> bool:
+    """A program's key has no owner; a person's lives as long as they may issue keys in its project."""
+    return api_key.owner is None or may_own_keys(api_key.owner, api_key.project)
+
+
+def may_own_keys(user: AbstractBaseUser, project: Project) -> bool:
+    """Is this person active, and more than a viewer of the project?"""
+    roles = (Role.OWNER, Role.MEMBER)
+    return user.is_active and project.memberships.filter(user_id=user.pk, role__in=roles).exists()
+
+
+class LimitQuerySet(models.QuerySet["Limit"]):
+    def concerning(self, *, api_key_id: int | None, project_id: int, user_id: int | None) -> LimitQuerySet:
+        """Those that this key's requests may meet, whatever their route; a chat has no key."""
+
+        def either(field: str, pk: int | None) -> models.Q:
+            nobody = models.Q(**{f"{field}__isnull": True})
+            return nobody if pk is None else nobody | models.Q(**{field: pk})
+
+        return self.filter(
+            either("api_key", api_key_id), either("project", project_id), either("user", user_id)
         )
 
 

@@ -1,13 +1,15 @@
 """Who used what: one query behind the usage page, its exports, the API and the command.
 
-Fresh hours come from the rollups, stale ones and those that a boundary of the report cuts come from
-the events: the figures are exact up to the moment of asking, whenever the last roll-up was. All
-grouping by day is done here, not in SQL, so that both databases agree about time zones.
+Whole days of UTC come from the sums by day, other fresh hours from those by hour, stale hours and those
+that a boundary of the report cuts from the events: the figures are exact up to the moment of asking,
+whenever the last roll-up was. (An hour whose events retention has deleted counts where it begins.) What
+is not asked for by key is read without keys. All grouping by day is done here, not in SQL, so that both
+databases agree about time zones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from enum import Enum
@@ -15,13 +17,14 @@ from functools import reduce
 from heapq import merge
 from itertools import groupby
 from operator import or_
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 from django.db.models import Count, F, Max, Q, QuerySet, Sum, Value
 from django.db.models.functions import Coalesce, TruncHour, TruncMinute
 
-from registry.actions.rollups import HOUR, hour_of
-from registry.models import UsageEvent, UsageHour, UsageRollup
+from registry.actions.rollups import A_REQUEST, DAY, HOUR, count_buckets, day_of, hour_of
+from registry.histograms import Histogram, add_to
+from registry.models import Grain, UsageDay, UsageEvent, UsageHour, UsageRollup, UsageSummary
 from registry.states import Outcome
 
 Span = tuple[datetime, datetime]
@@ -48,6 +51,7 @@ class Dimension(Enum):
     KEY = "key"
     MODEL = "model"
     ENDPOINT = "endpoint"
+    STATUS = "status"
 
 
 COLUMNS = {
@@ -55,15 +59,37 @@ COLUMNS = {
     Dimension.KEY: "key_public_id",
     Dimension.MODEL: "route",
     Dimension.ENDPOINT: "endpoint",
+    Dimension.STATUS: "status",
 }
 NAMES = {Dimension.PROJECT: "project_name", Dimension.KEY: "key_name"}
+_FIELDS = {
+    "project_id": "project_id",
+    "key_public_id": "key",
+    "route": "model",
+    "endpoint": "endpoint",
+    "status": "status",
+    "instant": "instant",
+    "its_project_name": "project_name",
+    "its_key_name": "key_name",
+}
+"""What a column of a query is called in a `Row`."""
 ERRORS = (Outcome.FAILED, Outcome.INTERRUPTED)
 """Requests that ended so got no whole answer through no choice of the client's."""
+STATUS_WORDS = ("errors", "2xx", "4xx", "5xx")
+"""What a report can be narrowed to, beside single statuses."""
+CAUSES: dict[str, Q] = {
+    "client_errors": Q(outcome=Outcome.FAILED, status__gte=400, status__lt=500) & ~Q(status=429),
+    "limit_errors": Q(outcome=Outcome.FAILED, status=429),
+    "capacity_errors": Q(outcome=Outcome.FAILED, status=503),
+    "engine_errors": Q(outcome=Outcome.INTERRUPTED)
+    | Q(outcome=Outcome.FAILED) & (Q(status__lt=400) | Q(status__gte=500) & ~Q(status=503)),
+}
+"""Whose fault an error is. Each error has one cause."""
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class Figures:
-    """Sums over requests."""
+    """Sums over requests, in the order of `_sums`."""
 
     requests: int = 0
     errors: int = 0
@@ -73,6 +99,16 @@ class Figures:
     cached_tokens: int = 0
     """Part of the input tokens."""
     output_tokens: int = 0
+    cost_micros: int = 0
+    """Millionths of the currency."""
+    client_errors: int = 0
+    """The request could not be used."""
+    limit_errors: int = 0
+    """A limit or budget refused it."""
+    capacity_errors: int = 0
+    """No worker could take it."""
+    engine_errors: int = 0
+    """The worker failed, or ended in mid-answer."""
     duration_ms: int = 0
     duration_count: int = 0
     ttft_ms: int = 0
@@ -85,6 +121,11 @@ class Figures:
         self.input_tokens += other.input_tokens
         self.cached_tokens += other.cached_tokens
         self.output_tokens += other.output_tokens
+        self.cost_micros += other.cost_micros
+        self.client_errors += other.client_errors
+        self.limit_errors += other.limit_errors
+        self.capacity_errors += other.capacity_errors
+        self.engine_errors += other.engine_errors
         self.duration_ms += other.duration_ms
         self.duration_count += other.duration_count
         self.ttft_ms += other.ttft_ms
@@ -112,7 +153,37 @@ class Row:
     key_name: str = ""
     model: str = ""
     endpoint: str = ""
+    status: int | None = None
     figures: Figures = field(default_factory=Figures)
+
+
+class Marks(NamedTuple):
+    """What sums of a range are not the whole truth."""
+
+    hours: frozenset[datetime]
+    days: frozenset[datetime]
+    """Without a row a day has no sums, and no hour that has some."""
+
+
+def marks_between(start: datetime, end: datetime) -> Marks:
+    """For a report over this range, or several within it."""
+    # Uses indexes usage_hour_stale_idx and usage_day_stale_idx.
+    hours = UsageHour.objects.filter(stale=True, sealed_at_event=None, start__gt=start - HOUR, start__lt=end)
+    days = UsageDay.objects.filter(stale=True, start__gt=start - DAY, start__lt=end)
+    return Marks(*(frozenset(rows.order_by().values_list("start", flat=True)) for rows in (hours, days)))
+
+
+class _Part(NamedTuple):
+    """Rows of one table that are part of the answer."""
+
+    rows: QuerySet[Any]
+    when: str
+    """The column of time."""
+
+    @property
+    def single(self) -> bool:
+        """Are these the events themselves?"""
+        return self.when == "started_at"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,23 +202,22 @@ class UsageQuery:
     projects: frozenset[int] | None = None
     models: frozenset[str] | None = None
     endpoints: frozenset[str] | None = None
+    statuses: frozenset[str] | None = None
+    """Any of `STATUS_WORDS`, or statuses such as 429."""
+    marks: Marks | None = None
+    """Those of the range, where they are known. None: each question asks for them."""
 
     def rows(self) -> Iterator[Row]:
         """Rows in order of time, then of name; only buckets with requests. Read as they are asked for:
         memory holds one bucket, however long the report is."""
         if self.start >= self.end:
             return
-        live = self._live_spans()
-        rolled = _complement(live, self.start, self.end)
-        sources = [
-            self._read(UsageRollup.objects.filter(_within("hour", rolled)), "rollup") if rolled else iter(()),
-            self._read(UsageEvent.objects.filter(_within("started_at", live)), "event") if live else iter(()),
-        ]
+        sources = [self._read(part) for part in self._parts()]
         in_order = merge(*sources, key=lambda row: row.start)
         for _, rows in groupby(in_order, key=lambda row: row.start):
             sums: dict[tuple[Any, ...], Row] = {}
             for row in rows:
-                identity = (row.project_id, row.key, row.model, row.endpoint)
+                identity = (row.project_id, row.key, row.model, row.endpoint, row.status)
                 known = sums.get(identity)
                 if known is None:
                     sums[identity] = row
@@ -161,7 +231,14 @@ class UsageQuery:
                 )
             yield from sorted(
                 sums.values(),
-                key=lambda row: (row.project_name, row.key_name, row.model, row.key, row.endpoint),
+                key=lambda row: (
+                    row.project_name,
+                    row.key_name,
+                    row.model,
+                    row.key,
+                    row.endpoint,
+                    row.status or 0,
+                ),
             )
 
     def total(self) -> Figures:
@@ -176,6 +253,30 @@ class UsageQuery:
         rows = replace(self, width=None, by=frozenset({by})).rows()
         return sorted(rows, key=lambda row: -(row.figures.input_tokens + row.figures.output_tokens))
 
+    def histograms(self) -> dict[str, dict[str, Histogram]]:
+        """For each model: the histograms of `registry.actions.rollups.MEASURES` over the whole range, of
+        requests that were answered whole, or of those with the statuses asked for."""
+        found: dict[str, dict[str, Histogram]] = {}
+        if self.start >= self.end:
+            return found
+        for part in replace(self, width=None, by=frozenset())._parts():
+            rows = part.rows if self.statuses is not None else part.rows.filter(outcome=Outcome.OK)
+            if part.single:
+                for row in count_buckets(rows, "route"):
+                    histogram = found.setdefault(row["route"], {}).setdefault(row["measure"], {})
+                    add_to(histogram, {str(row["bucket"]): row["number"]})
+                continue
+            for route, histograms in rows.order_by().values_list("route", "histograms").iterator():
+                known = found.setdefault(route, {})
+                for measure, histogram in histograms.items():
+                    add_to(known.setdefault(measure, {}), histogram)
+        return found
+
+    def events(self) -> QuerySet[UsageEvent]:
+        """The single requests behind the report, and corrections, the newest first. What retention has
+        deleted is not among them."""
+        return self._narrowed(UsageEvent.objects.filter(started_at__gte=self.start, started_at__lt=self.end))
+
     def bucket_of(self, instant: datetime) -> datetime:
         """The start of its bucket; the first bucket begins where the report does."""
         match self.width:
@@ -189,8 +290,28 @@ class UsageQuery:
                 start = midnight(instant.astimezone(self.zone).date(), self.zone)
         return max(start, self.start)
 
-    def _read(self, rows: QuerySet[Any], kind: Literal["rollup", "event"]) -> Iterator[Row]:
-        """Grouped rows of one table, in order of time."""
+    def _parts(self) -> list[_Part]:
+        """The tables that have the answer, each for its part of the range."""
+        marks = self.marks or marks_between(self.start, self.end)
+        live = self._live_spans(marks)
+        rolled = _complement(live, self.start, self.end)
+        days = self._day_spans(rolled, marks)
+        hours = [gap for a, b in rolled for gap in _complement(_clipped(days, a, b), a, b)]
+        keyless = self.keys is None and Dimension.KEY not in self.by
+        parts = []
+        if days:
+            grain = Grain.PROJECT_DAY if keyless else Grain.DAY
+            parts.append(_Part(UsageSummary.objects.filter(_within("start", days), grain=grain), "start"))
+        if hours and keyless:
+            by_hour = UsageSummary.objects.filter(_within("start", hours), grain=Grain.PROJECT_HOUR)
+            parts.append(_Part(by_hour, "start"))
+        elif hours:
+            parts.append(_Part(UsageRollup.objects.filter(_within("hour", hours)), "hour"))
+        if live:
+            parts.append(_Part(UsageEvent.objects.filter(_within("started_at", live)), "started_at"))
+        return [part._replace(rows=self._narrowed(part.rows)) for part in parts]
+
+    def _narrowed(self, rows: QuerySet[Any]) -> QuerySet[Any]:
         for column, wanted in (
             ("key_public_id", self.keys),
             ("project_id", self.projects),
@@ -199,55 +320,70 @@ class UsageQuery:
         ):
             if wanted is not None:
                 rows = rows.filter(**{f"{column}__in": sorted(wanted)})
+        if self.statuses is not None:
+            rows = rows.filter(_any(_status(word) for word in self.statuses))
+        return rows
+
+    def _read(self, part: _Part) -> Iterator[Row]:
+        """Grouped rows of one table, in order of time."""
+        rows, sums = part.rows, _SUMS["event" if part.single else "stored"]
         columns = [COLUMNS[dimension] for dimension in Dimension if dimension in self.by]
         if self.width is not None:
-            rows = rows.annotate(instant=self._instant(kind))
+            rows = rows.annotate(instant=self._instant(part))
             columns.append("instant")
-        names = {f"its_{name}": Max(name) for dimension, name in NAMES.items() if dimension in self.by}
-        grouped = rows.order_by().values(*columns).annotate(**names, **_SUMS[kind])
         if not columns:
             # Without a column to group by there is one row, also for nothing.
-            found = rows.aggregate(**_SUMS[kind])
-            if found["n_requests"]:
-                yield self._row(found)
+            found = rows.aggregate(**sums)
+            if any(found.values()):
+                yield Row(start=self.start, figures=Figures(*(found[name] for name in sums)))
             return
+        names = {f"its_{name}": Max(name) for dimension, name in NAMES.items() if dimension in self.by}
+        grouped = rows.order_by().values(*columns).annotate(**names, **sums)
         if self.width is not None:
             grouped = grouped.order_by("instant")
-        for row in grouped.iterator(chunk_size=2000):
-            yield self._row(row)
+        # Row by row this is most of a long report's time: tuples, and a bucket is looked for once.
+        told = [_FIELDS[column] for column in (*columns, *names)]
+        width = len(told)
+        starts: dict[datetime, datetime] = {}
+        for values in grouped.values_list(*columns, *names, *sums).iterator(chunk_size=2000):
+            facts = dict(zip(told, values[:width], strict=True))
+            instant = facts.pop("instant", None)
+            start = starts.get(instant) if instant is not None else self.start
+            if start is None:
+                start = starts[instant] = self.bucket_of(instant)
+            yield Row(start=start, figures=Figures(*values[width:]), **facts)
 
-    def _instant(self, kind: Literal["rollup", "event"]) -> Any:
-        if kind == "rollup":
-            return F("hour")
+    def _instant(self, part: _Part) -> Any:
+        if not part.single:
+            return F(part.when)
         if self.width is Width.HOUR:
             return TruncHour("started_at", tzinfo=UTC)
         # Minutes are fine enough for the midnights of every time zone.
         return TruncMinute("started_at", tzinfo=UTC)
 
-    def _row(self, found: dict[str, Any]) -> Row:
-        instant = found.get("instant")
-        return Row(
-            start=self.bucket_of(instant) if instant is not None else self.start,
-            project_id=found.get("project_id"),
-            project_name=found.get("its_project_name", ""),
-            key=found.get("key_public_id", ""),
-            key_name=found.get("its_key_name", ""),
-            model=found.get("route", ""),
-            endpoint=found.get("endpoint", ""),
-            figures=Figures(
-                **{name.removeprefix("n_"): value for name, value in found.items() if name[:2] == "n_"}
-            ),
-        )
-
-    def _live_spans(self) -> list[Span]:
+    def _live_spans(self, marks: Marks) -> list[Span]:
         """What must be read from the events: stale hours, and hours that do not lie within one bucket."""
         if self.width is Width.MINUTE:
             return [(self.start, self.end)]
-        # Uses index usage_hour_stale_idx.
-        stale = UsageHour.objects.filter(stale=True, start__gt=self.start - HOUR, start__lt=self.end)
-        hours = set(stale.values_list("start", flat=True))
-        hours.update(hour_of(edge) for edge in self._edges() if edge != hour_of(edge))
-        return _clipped(_joined(hours), self.start, self.end)
+        hours = {hour for hour in marks.hours if self.start - HOUR < hour < self.end}
+        if cut := {hour_of(edge) for edge in self._edges() if edge != hour_of(edge)}:
+            # Their events may be gone.
+            sealed = UsageHour.objects.filter(start__in=cut, sealed_at_event__isnull=False)
+            hours |= cut.difference(sealed.values_list("start", flat=True))
+        return _clipped(_joined(hours, HOUR), self.start, self.end)
+
+    def _day_spans(self, rolled: list[Span], marks: Marks) -> list[Span]:
+        """What of these spans the sums by day have: whole days of UTC that are not stale and lie within one
+        bucket."""
+        days = {day for a, b in rolled for day in _whole_days(a, b) if self._is_one_bucket(day)}
+        spans = _joined(days - marks.days, DAY, most=None)
+        # Rather more rows than a question of many intervals.
+        return spans if len(spans) <= MAX_SPANS else []
+
+    def _is_one_bucket(self, day: datetime) -> bool:
+        if self.width is None:
+            return True
+        return self.width is Width.DAY and self.bucket_of(day) == self.bucket_of(day + DAY - HOUR / 60)
 
     def _edges(self) -> Iterator[datetime]:
         yield self.start
@@ -258,32 +394,45 @@ class UsageQuery:
                 yield edge
 
 
-def _sums(kind: Literal["rollup", "event"]) -> dict[str, Any]:
+def _sums(*, of_events: bool) -> dict[str, Any]:
     def total(column: str) -> Any:
         return Coalesce(Sum(column), Value(0))
 
-    def count(column: str, only: Q | None = None) -> Any:
-        if kind == "event":
-            return Count(column, filter=only)
-        return Coalesce(Sum({"id": "requests"}.get(column, column), filter=only), Value(0))
+    def requests(only: Q | None = None) -> Any:
+        if of_events:
+            return Count("id", filter=A_REQUEST & only if only else A_REQUEST)
+        return Coalesce(Sum("requests", filter=only), Value(0))
 
-    counted = ("duration_ms", "ttft_ms") if kind == "event" else ("duration_count", "ttft_count")
+    def those_with(column: str) -> Any:
+        return Count(f"{column}_ms") if of_events else total(f"{column}_count")
+
     # Prefixed: an aggregate may not have the name of a column.
     return {
-        "n_requests": count("id"),
-        "n_errors": count("id", Q(outcome__in=ERRORS)),
-        "n_aborted": count("id", Q(outcome=Outcome.ABORTED)),
+        "n_requests": requests(),
+        "n_errors": requests(Q(outcome__in=ERRORS)),
+        "n_aborted": requests(Q(outcome=Outcome.ABORTED)),
         "n_input_tokens": total("prompt_tokens"),
         "n_cached_tokens": total("cached_tokens"),
         "n_output_tokens": total("completion_tokens"),
+        "n_cost_micros": total("cost_micros"),
+        **{f"n_{name}": requests(cause) for name, cause in CAUSES.items()},
         "n_duration_ms": total("duration_ms"),
-        "n_duration_count": count(counted[0]),
+        "n_duration_count": those_with("duration"),
         "n_ttft_ms": total("ttft_ms"),
-        "n_ttft_count": count(counted[1]),
+        "n_ttft_count": those_with("ttft"),
     }
 
 
-_SUMS = {"rollup": _sums("rollup"), "event": _sums("event")}
+_SUMS = {"stored": _sums(of_events=False), "event": _sums(of_events=True)}
+
+
+def _status(word: str) -> Q:
+    if word == "errors":
+        return Q(outcome__in=ERRORS)
+    if word.endswith("xx"):
+        first = int(word[0]) * 100
+        return Q(status__gte=first, status__lt=first + 100)
+    return Q(status=int(word))
 
 
 def midnight(day: date, zone: tzinfo) -> datetime:
@@ -291,15 +440,23 @@ def midnight(day: date, zone: tzinfo) -> datetime:
     return datetime.combine(day, time.min, tzinfo=zone).astimezone(UTC).astimezone(zone)
 
 
-def _joined(hours: set[datetime]) -> list[Span]:
-    """Hours as intervals; neighbours become one."""
+def _whole_days(start: datetime, end: datetime) -> Iterator[datetime]:
+    """The days of UTC that lie within."""
+    day = day_of(start + DAY - timedelta(microseconds=1))
+    while day + DAY <= end:
+        yield day
+        day += DAY
+
+
+def _joined(starts: set[datetime], length: timedelta, most: int | None = MAX_SPANS) -> list[Span]:
+    """Hours or days as intervals; neighbours become one, and all do if they are more than `most`."""
     spans: list[Span] = []
-    for hour in sorted(hours):
-        if spans and spans[-1][1] == hour:
-            spans[-1] = (spans[-1][0], hour + HOUR)
+    for start in sorted(starts):
+        if spans and spans[-1][1] == start:
+            spans[-1] = (spans[-1][0], start + length)
         else:
-            spans.append((hour, hour + HOUR))
-    if len(spans) > MAX_SPANS:
+            spans.append((start, start + length))
+    if most is not None and len(spans) > most:
         return [(spans[0][0], spans[-1][1])]
     return spans
 
@@ -325,4 +482,9 @@ def _within(column: str, spans: list[Span]) -> Q:
         return Q(**{f"{column}__gte": a, f"{column}__lt": b})
 
     # The outer bounds say nothing new, but let the index be searched instead of read from its start.
-    return between(spans[0][0], spans[-1][1]) & reduce(or_, (between(a, b) for a, b in spans))
+    return between(spans[0][0], spans[-1][1]) & _any(between(a, b) for a, b in spans)
+
+
+def _any(conditions: Iterable[Q]) -> Q:
+    """At least one of them; of none, nothing."""
+    return reduce(or_, conditions, Q(pk__in=[]))

@@ -104,6 +104,8 @@ class Closed(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    flagged: str = ""
+    """What is odd about these figures (`registry.figures`)."""
 
 
 class _OpenRecord(msgspec.Struct, tag_field="record", tag="open"):
@@ -543,6 +545,7 @@ def _event(opened: Opened, closed: Closed, gateway: str) -> UsageEvent:
         ttft_ms=None if closed.ttft_ms is None else _within(closed.ttft_ms),
         duration_ms=None if closed.duration_ms is None else _within(closed.duration_ms),
         gateway=_text(gateway, 63),
+        flagged=_text(closed.flagged, 100),
     )
 
 

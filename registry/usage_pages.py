@@ -1,23 +1,22 @@
 """The usage report in the browser: `/usage/` for one's own keys, `/admin/usage/` for everybody's.
 
 The whole question stands in the URL. With `format=json`, `ndjson` or `csv` the same question is answered
-for programs.
+for programs; with `view=requests` it is answered request by request.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime, timedelta, tzinfo
+from datetime import UTC, datetime, timedelta
 from typing import Any
-from urllib.parse import urlencode
-from zoneinfo import ZoneInfo
 
 from asgiref.sync import sync_to_async
-from django import forms
+from django.contrib.auth import get_user_model
 from django.contrib.auth.views import redirect_to_login
 from django.core.exceptions import PermissionDenied
 from django.core.handlers.asgi import ASGIRequest
+from django.db.models import Q
 from django.http import (
     Http404,
     HttpRequest,
@@ -27,19 +26,24 @@ from django.http import (
 )
 from django.shortcuts import render
 
-from registry.exports import Export, in_blocks, time_text
-from registry.models import ApiKey
+from registry.exports import Export, RequestsExport, in_blocks, latencies_of, time_text
+from registry.models import ApiKey, Project, UsageAudit
 from registry.querysets import database_now
-from registry.reports import Dimension, Figures, Row, UsageQuery, Width, midnight
+from registry.reports import STATUS_WORDS, Dimension, Figures, Row, marks_between
+from registry.templatetags.figures import grouped, money
+from registry.usage_filters import CONTENT_TYPES, NARROWING, Filters, Report
 
-DEFAULT_DAYS = 30
-MAX_DAYS = {Width.DAY: 400, Width.HOUR: 31}
 TOP = 20
-"""Keys and models that the page lists; the rest is one line."""
-CONTENT_TYPES = {
-    "csv": "text/csv; charset=utf-8",
-    "json": "application/json",
-    "ndjson": "application/x-ndjson",
+"""Keys, models, projects and endpoints that the page lists; the rest is one line."""
+PAGE = 50
+"""Single requests on one page."""
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND = timedelta(microseconds=1)
+LATENCIES = {
+    "ttft_ms": "First token, ms",
+    "e2e_ms": "Whole answer, ms",
+    "tokens_per_second": "Tokens per second",
+    "queue_ms": "Wait for a worker, ms",
 }
 
 
@@ -49,109 +53,9 @@ def user_key(user_id: int) -> str:
 
 
 def own_keys(user: Any) -> frozenset[str]:
-    """Public ids of the keys that a person made, and of their chats."""
-    made = ApiKey.objects.filter(created_by=user.get_username())
+    """Public ids of the keys that a person made or owns, and of their chats."""
+    made = ApiKey.objects.filter(Q(created_by=user.get_username()) | Q(owner_id=user.pk))
     return frozenset([*made.values_list("public_id", flat=True), user_key(user.pk)])
-
-
-class Filters(forms.Form):
-    """What the URL asks. Everything has a default."""
-
-    key = forms.CharField(required=False, max_length=16)
-    model = forms.CharField(required=False, max_length=120)
-    zone = forms.CharField(required=False, max_length=64)
-    width = forms.ChoiceField(required=False, choices=[(width.value, "") for width in MAX_DAYS])
-    split = forms.CharField(required=False, max_length=64)
-    format = forms.ChoiceField(required=False, choices=[(name, "") for name in CONTENT_TYPES])
-
-    def __init__(self, data: Any, today: datetime) -> None:
-        super().__init__(data)
-        self._now = today
-        # `from` is a word of Python's.
-        self.fields["from"] = forms.DateField(required=False)
-        self.fields["to"] = forms.DateField(required=False)
-
-    def clean_zone(self) -> tzinfo:
-        name = self.cleaned_data["zone"]
-        if name in ("", "UTC"):
-            return UTC
-        try:
-            return ZoneInfo(name)
-        except (KeyError, ValueError, OSError) as error:
-            raise forms.ValidationError("Name a time zone such as UTC or Europe/Vienna.") from error
-
-    def clean_split(self) -> frozenset[Dimension]:
-        text = self.cleaned_data["split"] if "split" in self.data else "key,model"
-        try:
-            return frozenset(Dimension(word) for word in text.split(",") if word)
-        except ValueError as error:
-            allowed = ", ".join(dimension.value for dimension in Dimension)
-            raise forms.ValidationError(f"Split by any of {allowed}.") from error
-
-    def clean(self) -> dict[str, Any]:
-        cleaned: dict[str, Any] = self.cleaned_data
-        if self.errors:
-            return cleaned
-        width = cleaned["width"] = Width(cleaned["width"] or "day")
-        last = cleaned["to"] = cleaned["to"] or self._now.astimezone(cleaned["zone"]).date()
-        default = DEFAULT_DAYS if width is Width.DAY else 2
-        try:
-            first = cleaned["from"] = cleaned["from"] or last - timedelta(days=default - 1)
-            days = (last - first).days + 1
-            # Room for the period before and for every time zone.
-            first - timedelta(days=days + 1), last + timedelta(days=2)
-        except OverflowError:
-            raise forms.ValidationError({"from": "That is too far away."}) from None
-        if days < 1:
-            self.add_error("to", "The last day is before the first.")
-        elif days > MAX_DAYS[width]:
-            self.add_error(
-                "from", f"At most {MAX_DAYS[width]} days can be shown by {width.value}; this is {days}."
-            )
-        return cleaned
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """A valid question, and who may see what of the answer."""
-
-    first: date
-    last: date
-    """Inclusive."""
-    width: Width
-    zone: tzinfo
-    key: str
-    model: str
-    split: frozenset[Dimension]
-    visible: frozenset[str] | None
-    """Keys that may be seen; None: all."""
-
-    @property
-    def days(self) -> int:
-        return (self.last - self.first).days + 1
-
-    def query(self, *, key: bool = True, model: bool = True, days_back: int = 0) -> UsageQuery:
-        """The report's range and filters, without that of key or model if so asked."""
-        back = timedelta(days=days_back)
-        return UsageQuery(
-            start=midnight(self.first - back, self.zone),
-            end=midnight(self.last - back + timedelta(days=1), self.zone),
-            zone=self.zone,
-            keys=frozenset({self.key}) if key and self.key else self.visible,
-            models=frozenset({self.model}) if model and self.model else None,
-        )
-
-    def url(self, **changes: str) -> str:
-        """The query string of this report with some words changed; empty ones are left out."""
-        words = {
-            "from": self.first.isoformat(),
-            "to": self.last.isoformat(),
-            "width": self.width.value if self.width is not Width.DAY else "",
-            "zone": str(self.zone) if self.zone is not UTC else "",
-            "key": self.key,
-            "model": self.model,
-        }
-        return "?" + urlencode({name: value for name, value in (words | changes).items() if value})
 
 
 def own_usage(request: HttpRequest) -> HttpResponseBase:
@@ -172,7 +76,7 @@ def all_usage(request: HttpRequest) -> HttpResponseBase:
 
 def _answer(request: HttpRequest, visible: frozenset[str] | None, *, title: str) -> HttpResponseBase:
     now = database_now()
-    filters = Filters(request.GET, now)
+    filters = Filters(request.GET, now, everybody=visible is None)
     wanted = request.GET.get("format", "")
     if not filters.is_valid():
         if wanted:
@@ -181,64 +85,146 @@ def _answer(request: HttpRequest, visible: frozenset[str] | None, *, title: str)
         context = {"title": title, "filters": filters, "words": request.GET, "staff": visible is None}
         return _private(render(request, "registry/usage.html", context, status=400))
     asked = filters.cleaned_data
-    if visible is not None and asked["key"] and asked["key"] not in visible:
-        # Whether somebody else has such a key is not told.
-        raise Http404
     report = Report(
         first=asked["from"],
         last=asked["to"],
-        width=asked["width"],
-        zone=asked["zone"],
-        key=asked["key"],
-        model=asked["model"],
-        split=asked["split"],
-        visible=visible,
+        visible=_visible(request, visible, asked),
+        **{name: asked[name] for name in (*NARROWING, "width", "zone", "user", "key", "status", "split")},
     )
     if wanted:
-        return _export(request, report, wanted, now)
-    context = {"title": title, "staff": visible is None, **_page(report, now)}
-    return _private(render(request, "registry/usage.html", context))
-
-
-def _page(report: Report, now: datetime) -> dict[str, Any]:
-    query = replace(report.query(), width=report.width)
-    buckets = list(query.rows())
-    total = Figures()
-    for row in buckets:
-        total.add(row.figures)
-    before = report.query(days_back=report.days).total()
-    keys = _top(report.query(key=False).split(Dimension.KEY), report.key)
-    models = _top(report.query(model=False).split(Dimension.MODEL), report.model)
-    states = _key_states(row.key for row in keys.rows)
-    return {
+        return _export(request, report, wanted, now, single=bool(asked["view"]))
+    context = {
+        "title": title,
+        "staff": visible is None,
         "report": report,
-        "words": {
-            "from": report.first.isoformat(),
-            "to": report.last.isoformat(),
-            "zone": str(report.zone),
-            "width": report.width.value,
-            "key": report.key,
-            "model": report.model,
-        },
+        "words": report.words(),
+        "statuses": STATUS_WORDS,
         "complete_to": now.astimezone(report.zone),
-        "tiles": _tiles(total, before),
-        "buckets": [(time_text(row.start, query), row.figures) for row in reversed(buckets)],
+    }
+    if asked["view"]:
+        context |= _requests(report, asked["after"])
+        return _private(render(request, "registry/usage_requests.html", context))
+    return _private(render(request, "registry/usage.html", context | _page(report)))
+
+
+def _visible(
+    request: HttpRequest, visible: frozenset[str] | None, asked: Mapping[str, Any]
+) -> frozenset[str] | None:
+    """The keys that the answer may be about. Whether somebody else has such a key is not told."""
+    name, key = asked["user"], asked["key"]
+    if visible is None:
+        if not name:
+            return None
+        visible = own_keys(get_user_model().objects.get(username=name))
+    elif name not in ("", request.user.get_username()):
+        raise Http404
+    if key and key not in visible:
+        raise Http404
+    return visible
+
+
+def _page(report: Report) -> dict[str, Any]:
+    query, before = report.query(), report.query(days_back=report.days)
+    marks = marks_between(before.start, query.end)
+    query, before = replace(query, marks=marks), replace(before, marks=marks)
+    timeline = replace(query, width=report.width)
+    buckets = list(timeline.rows())
+    total = _sum(buckets)
+    # One question for each menu and table: filters of the menus are applied to its answer.
+    everything = replace(
+        report.query(*NARROWING),
+        marks=marks,
+        by=frozenset({Dimension.PROJECT, Dimension.MODEL, Dimension.ENDPOINT}),
+    )
+    rows = list(everything.rows())
+    tables = {name: _table(name, rows, report) for name in NARROWING}
+    by_key = replace(query, keys=report.visible, by=frozenset({Dimension.KEY}))
+    keys = _top(by_key.rows(), lambda row: row.key, report.key)
+    states = _key_states(row.key for row in keys.rows)
+    histograms = query.histograms()
+    return {
+        "audit": UsageAudit.objects.first(),
+        "tiles": _tiles(total, before.total()),
+        "buckets": [
+            (time_text(row.start, timeline), row.figures, _requests_url(report, row.start))
+            for row in reversed(buckets)
+        ],
         "total": total,
         "keys": [
             (row, states.get(row.key, ""), report.url(key="" if row.key == report.key else row.key))
             for row in keys.rows
         ],
         "other_keys": keys.others,
-        "models": [
-            (row, report.url(model="" if row.model == report.model else row.model)) for row in models.rows
-        ],
-        "other_models": models.others,
+        "tables": [tables[name] for name in ("model", "project", "endpoint")],
+        "menus": {name: table.choices() for name, table in tables.items()},
         "missing_key": report.key if all(row.key != report.key for row in keys.rows) else "",
-        "missing_model": report.model if all(row.model != report.model for row in models.rows) else "",
+        "latencies": [
+            (LATENCIES[name], figures)
+            for name, figures in latencies_of(histograms.values()).items()
+            if figures["requests"]
+        ],
         "exports": [(name.upper(), report.url(format=name)) for name in CONTENT_TYPES],
-        "chart": report.url(format="json", split=",") if buckets else "",
-        "anything": bool(keys.rows or models.rows),
+        "requests_url": report.url(view="requests"),
+        "chart": report.url(format="json", split="model") if buckets else "",
+        "anything": bool(keys.rows or rows),
     }
+
+
+def _requests(report: Report, after: str) -> dict[str, Any]:
+    """One page of single requests, the newest first, from the place that `after` tells."""
+    # Uses index usage_by_key_idx, or usage_by_time_idx.
+    events = report.query().events().order_by("-started_at", "-id")
+    if after:
+        microseconds, number = map(int, after.split("_"))
+        instant = EPOCH + microseconds * MICROSECOND
+        events = events.filter(
+            Q(started_at__lt=instant) | Q(started_at=instant, id__lt=number), started_at__lte=instant
+        )
+    found = list(events[: PAGE + 1])
+    shown = found[:PAGE]
+    older = ""
+    if len(found) > PAGE:
+        place = f"{(shown[-1].started_at - EPOCH) // MICROSECOND}_{shown[-1].pk}"
+        older = report.url(view="requests", after=place)
+    return {
+        "requests": [(event, event.started_at.astimezone(report.zone)) for event in shown],
+        "older": older,
+        "newest": report.url(view="requests") if after else "",
+        "report_url": report.url(),
+        "menus": {},
+        "exports": [(name.upper(), report.url(view="requests", format=name)) for name in CONTENT_TYPES],
+    }
+
+
+def _requests_url(report: Report, start: datetime) -> str:
+    """Where the requests of a bucket's day are listed."""
+    day = start.astimezone(report.zone).date().isoformat()
+    return report.url(view="requests", **{"from": day, "to": day})
+
+
+def _name(of: str, row: Row) -> str:
+    """What a row is called in the filter of this name."""
+    match of:
+        case "project":
+            return str(row.project_id)
+        case "model":
+            return row.model
+        case _:
+            return row.endpoint
+
+
+def _passing(rows: Iterable[Row], report: Report, *, without: str = "") -> list[Row]:
+    """Those that the filters of the menus let through."""
+    words = report.words()
+    wanted = [(name, words[name]) for name in NARROWING if words[name] and name != without]
+    return [row for row in rows if all(_name(name, row) == value for name, value in wanted)]
+
+
+def _sum(rows: Iterable[Row]) -> Figures:
+    total = Figures()
+    for row in rows:
+        total.add(row.figures)
+    return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,21 +234,65 @@ class _Top:
     """How many are not listed, and what they add up to."""
 
 
-def _top(rows: list[Row], chosen: str) -> _Top:
-    """The first rows, the chosen one among them, and the rest as one."""
-    listed = [
-        row for place, row in enumerate(rows) if place < TOP or (chosen in (row.key, row.model) and chosen)
-    ]
-    rest = [row for row in rows if row not in listed]
-    if not rest:
-        return _Top(listed, None)
-    others = Figures()
-    for row in rest:
-        others.add(row.figures)
-    return _Top(listed, (len(rest), others))
+def _top(rows: Iterable[Row], name: Callable[[Row], str], chosen: str) -> _Top:
+    """Those with most tokens, the chosen one among them, and the rest as one."""
+    sums: dict[str, Row] = {}
+    for row in rows:
+        known = sums.setdefault(name(row), replace(row, figures=Figures()))
+        known.figures.add(row.figures)
+    in_order = sorted(sums.values(), key=lambda row: -(row.figures.input_tokens + row.figures.output_tokens))
+    listed = [row for place, row in enumerate(in_order) if place < TOP or (chosen and name(row) == chosen)]
+    names = {name(row) for row in listed}
+    rest = [row for row in in_order if name(row) not in names]
+    return _Top(listed, (len(rest), _sum(rest)) if rest else None)
 
 
-def _key_states(public_ids: Iterator[str]) -> dict[str, str]:
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """What was used by each model, endpoint or project, whichever of them is chosen."""
+
+    name: str
+    top: _Top
+    report: Report
+    gone: frozenset[str]
+    """Those that exist no more."""
+
+    @property
+    def chosen(self) -> str:
+        return self.report.words()[self.name]
+
+    def label(self, row: Row) -> str:
+        return row.project_name if self.name == "project" else _name(self.name, row)
+
+    def lines(self) -> list[tuple[Row, str, str, str, bool]]:
+        """Row, label, what to say of it, its link, and whether it is the chosen one."""
+        lines = []
+        for row in self.top.rows:
+            value = _name(self.name, row)
+            is_chosen = value == self.chosen
+            link = self.report.url(**{self.name: "" if is_chosen else value})
+            lines.append((row, self.label(row), "deleted" if value in self.gone else "", link, is_chosen))
+        return lines
+
+    def choices(self) -> list[tuple[str, str]]:
+        """Value and label of each menu entry; the chosen one is there even if nothing was used with it."""
+        choices = [(_name(self.name, row), self.label(row)) for row in self.top.rows]
+        if self.chosen and self.chosen not in dict(choices):
+            choices.append((self.chosen, self.chosen))
+        return choices
+
+
+def _table(name: str, rows: Iterable[Row], report: Report) -> _Table:
+    top = _top(_passing(rows, report, without=name), lambda row: _name(name, row), report.words()[name])
+    gone: frozenset[str] = frozenset()
+    if name == "project":
+        used = {row.project_id for row in top.rows if row.project_id is not None}
+        there = Project.objects.filter(pk__in=used).values_list("pk", flat=True)
+        gone = frozenset(str(number) for number in used.difference(there))
+    return _Table(name, top, report, gone)
+
+
+def _key_states(public_ids: Iterable[str]) -> dict[str, str]:
     """What to say of keys that cannot be used any more."""
     wanted = set(public_ids)
     known = dict(ApiKey.objects.filter(public_id__in=wanted).values_list("public_id", "revoked_at"))
@@ -273,16 +303,21 @@ def _key_states(public_ids: Iterator[str]) -> dict[str, str]:
     }
 
 
-def _tiles(total: Figures, before: Figures) -> list[tuple[str, int, str]]:
-    return [
-        (label, getattr(total, name), _change(getattr(total, name), getattr(before, name)))
-        for label, name in (
-            ("Requests", "requests"),
-            ("Errors", "errors"),
-            ("Tokens in", "input_tokens"),
-            ("Tokens out", "output_tokens"),
-        )
+def _tiles(total: Figures, before: Figures) -> list[tuple[str, str, str]]:
+    tiles = [
+        ("Requests", "requests"),
+        ("Errors", "errors"),
+        ("Tokens in", "input_tokens"),
+        ("Tokens in, cached", "cached_tokens"),
+        ("Tokens out", "output_tokens"),
     ]
+    shown = [
+        (label, grouped(getattr(total, name)), _change(getattr(total, name), getattr(before, name)))
+        for label, name in tiles
+    ]
+    if total.cost_micros or before.cost_micros:
+        shown.append(("Cost", money(total.cost_micros), _change(total.cost_micros, before.cost_micros)))
+    return shown
 
 
 def _change(now: int, before: int) -> str:
@@ -295,15 +330,22 @@ def _change(now: int, before: int) -> str:
     return f"{'+' if percent > 0 else '−'}{abs(percent):,} % against the period before"
 
 
-def _export(request: HttpRequest, report: Report, name: str, now: datetime) -> HttpResponseBase:
-    query = replace(report.query(), width=report.width, by=report.split)
-    export = Export(query=query, complete_to=now)
+def _export(
+    request: HttpRequest, report: Report, name: str, now: datetime, *, single: bool
+) -> HttpResponseBase:
+    export: Export | RequestsExport
+    if single:
+        export = RequestsExport(query=report.query())
+    else:
+        query = replace(report.query(), width=report.width, by=report.split)
+        export = Export(query=query, complete_to=now)
     pieces = {"csv": export.csv, "json": export.json, "ndjson": export.ndjson}[name]()
     blocks = in_blocks(pieces)
     body = _off_the_loop(blocks) if isinstance(request, ASGIRequest) else blocks
     response = StreamingHttpResponse(body, content_type=CONTENT_TYPES[name])
     if name != "json":
-        filename = f"usage-{report.first}-to-{report.last}.{name}"
+        what = "requests" if single else "usage"
+        filename = f"{what}-{report.first}-to-{report.last}.{name}"
         response["Content-Disposition"] = f'attachment; filename="{filename}"'
     return _private(response)
 

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,10 +39,9 @@ def browser() -> Iterator[Browser]:
     """Chromium. Of one module only: while it is open its event loop runs, and async tests could not."""
     path = services.chromium()
     if path is None:
-        reason = "Chromium is not installed and cannot be installed here; install the package `chromium`"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+        services.missing(
+            "Chromium is not installed and cannot be installed here; install the package `chromium`"
+        )
     with sync_playwright() as playwright:
         found = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
         yield found

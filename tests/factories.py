@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from itertools import count
 from typing import Any
 
 from registry.actions.api_keys import issue_api_key
+from registry.actions.budgets import save_budget
 from registry.actions.deployments import save_deployment
+from registry.actions.limits import save_limit
 from registry.keys import digest_secret
-from registry.models import ApiKey, Deployment, LanguageModel, Node, Project, Route, RouteTarget, Worker
+from registry.models import (
+    ApiKey,
+    Budget,
+    Deployment,
+    LanguageModel,
+    Limit,
+    Node,
+    Price,
+    Project,
+    Route,
+    RouteTarget,
+    Worker,
+)
 from registry.querysets import database_now
 from registry.states import NodeState, WorkerState
 
 _numbers = count(1)
+LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 
 
 def make_node(**facts: Any) -> Node:
@@ -75,3 +91,26 @@ def make_api_key(**facts: Any) -> tuple[ApiKey, str]:
         "by": "test",
     }
     return issue_api_key(**defaults | facts)
+
+
+def make_budget(*, limit: int, **facts: Any) -> Budget:
+    """A hard monthly budget in tokens of the key `abc`, unless it is told otherwise."""
+    defaults: dict[str, Any] = {"scope": "key", "subject": "abc", "unit": "tokens", "starts_at": LONG_AGO}
+    budget = Budget(limit=limit, **defaults | facts)
+    starts_at = budget.starts_at
+    save_budget(budget=budget, by="test")
+    # It counts what tests put into the past, too.
+    Budget.objects.filter(pk=budget.pk).update(starts_at=starts_at)
+    budget.refresh_from_db()
+    return budget
+
+
+def make_price(route: str = "", **facts: Any) -> Price:
+    """In force since long ago, unless it is told otherwise."""
+    return Price.objects.create(route=route, **{"starts_at": LONG_AGO} | facts)
+
+
+def make_limit(amount: int = 10, metric: str = "requests", per: str = "hour", **facts: Any) -> Limit:
+    """Of requests per hour, shared by everybody, unless it is told otherwise."""
+    per = "" if metric == "parallel" else per
+    return save_limit(limit=Limit(amount=amount, metric=metric, per=per, **facts), by="test")

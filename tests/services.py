@@ -7,15 +7,28 @@ import functools
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
+import psutil
 import psycopg
+import pytest
 import redis
+
+
+def missing(what: str) -> NoReturn:
+    """A test cannot run without this: it is skipped, and on CI it fails, for a suite that silently shrank
+    would look green."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(what)
+    pytest.skip(what)
+
 
 POSTGRES = "postgres://postgres@127.0.0.1:5432/postgres"
 REDIS = "redis://127.0.0.1:6379/9"
@@ -34,37 +47,78 @@ def postgres() -> Iterator[str | None]:
     if _postgres_answers(POSTGRES):
         yield POSTGRES
         return
-    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    found = shutil.which("pg_ctl")
-    if found:
-        binaries.insert(0, Path(found).parent)
-    if not binaries:
+    binaries = _postgres_binaries()
+    if binaries is None:
         yield None
         return
+    with own_postgres(binaries) as server:
+        yield server.url
+
+
+@contextlib.contextmanager
+def own_postgres(binaries: Path | None = None) -> Iterator[OwnPostgres]:
+    """A PostgreSQL server that nobody else uses."""
+    binaries = binaries or _postgres_binaries()
+    if binaries is None:
+        raise RuntimeError("PostgreSQL is not installed.")
     with tempfile.TemporaryDirectory(prefix="rh-pg-") as folder:
-        yield from _own_postgres(binaries[0], Path(folder))
+        server = OwnPostgres(binaries, Path(folder))
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
 
 
-def _own_postgres(binaries: Path, folder: Path) -> Iterator[str]:
-    port = free_port()
-    # PostgreSQL refuses to run as root: then the account that its package made runs it.
-    account = "postgres" if os.getuid() == 0 else None
-    if account:
-        os.chown(folder, pwd.getpwnam(account).pw_uid, -1)
+class OwnPostgres:
+    """A server that a test may stop, kill and start again; its port stays."""
 
-    def run(*command: str) -> None:
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, user=account, cwd=folder)
+    def __init__(self, binaries: Path, folder: Path) -> None:
+        self._binaries, self._folder = binaries, folder
+        self._data = folder / "data"
+        self._port = free_port()
+        # PostgreSQL refuses to run as root: then the account that its package made runs it.
+        self._account = "postgres" if os.getuid() == 0 else None
+        if self._account:
+            os.chown(folder, pwd.getpwnam(self._account).pw_uid, -1)
+        self._run("initdb", "-U", "postgres", "-A", "trust")
 
-    run(str(binaries / "initdb"), "-D", str(folder / "data"), "-U", "postgres", "-A", "trust")
-    options = f"-c port={port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-    run(
-        *(str(binaries / "pg_ctl"), "-D", str(folder / "data"), "-w"),
-        *("-l", str(folder / "log"), "-o", options, "start"),
-    )
-    try:
-        yield f"postgres://postgres@127.0.0.1:{port}/postgres"
-    finally:
-        run(str(binaries / "pg_ctl"), "-D", str(folder / "data"), "-m", "immediate", "stop")
+    @property
+    def url(self) -> str:
+        return f"postgres://postgres@127.0.0.1:{self._port}/postgres"
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        own = f"-c port={self._port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self._folder}"
+        log = str(self._folder / "log")
+        self._run("pg_ctl", "-w", "-l", log, "-o", f"{own} -c fsync=off -c max_connections=200", "start")
+
+    def stop(self) -> None:
+        self._run("pg_ctl", "-m", "immediate", "stop")
+
+    def kill(self) -> None:
+        """SIGKILL, to the whole server. Returns when it is gone."""
+        postmaster = psutil.Process(int((self._data / "postmaster.pid").read_text().split()[0]))
+        doomed = [postmaster, *postmaster.children(recursive=True)]
+        for process in doomed:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(doomed, timeout=10)
+
+    def _run(self, program: str, *arguments: str) -> None:
+        subprocess.run(
+            [str(self._binaries / program), "-D", str(self._data), *arguments],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            user=self._account,
+            cwd=self._folder,
+        )
+
+
+def _postgres_binaries() -> Path | None:
+    if found := shutil.which("pg_ctl"):
+        return Path(found).parent
+    return max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
 
 
 def _postgres_answers(url: str) -> bool:
@@ -114,6 +168,64 @@ def shared_redis() -> Iterator[str | None]:
         finally:
             server.terminate()
             server.wait(10)
+
+
+class OwnRedis:
+    """A Redis server of a test's own, to be stopped, emptied and held up. Nobody else uses it."""
+
+    def __init__(self, binary: str) -> None:
+        self._binary = binary
+        self._port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = f"redis://127.0.0.1:{self._port}/0"
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [
+                *(self._binary, "--port", str(self._port), "--bind", "127.0.0.1"),
+                *("--save", "", "--appendonly", "no", "--dir", tempfile.gettempdir()),
+            ],
+            stdout=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 10
+        while not _redis_answers(self.url):
+            if time.monotonic() > deadline:
+                raise RuntimeError("a Redis of the tests' own did not start")
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        """At once, without a word to anybody."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def freeze(self) -> None:
+        """It stays connected and answers nothing."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
+
+    def client(self) -> redis.Redis:
+        return redis.Redis.from_url(self.url)
+
+
+@contextlib.contextmanager
+def own_redis() -> Iterator[OwnRedis | None]:
+    """A new Redis server, or None when none is installed."""
+    binary = shutil.which("redis-server")
+    if binary is None:
+        yield None
+        return
+    server = OwnRedis(binary)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
 
 
 def _redis_answers(url: str) -> bool:

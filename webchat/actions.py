@@ -15,9 +15,12 @@ from django.db import transaction
 from django.db.models import Max
 
 from inference.http import new_request_id
+from openai_api.admission import load_rules
 from openai_api.auth import Key
+from registry.actions.budgets import hard_budgets
 from registry.models import Gateway, Project, Route
 from registry.querysets import database_now
+from registry.rights import Priority
 from webchat import bounds
 from webchat.errors import BadInput, NotNow, NotThere
 from webchat.models import Conversation, Message, MessageState, Role
@@ -249,11 +252,14 @@ def chat_key(user: Any) -> Key:
         name=user.get_username()[:120],
         project_id=project.pk,
         project_name=project.name,
-        digest="",
-        pepper=0,
         routes=frozenset(),
         expires_at=None,
         revoked=False,
+        project_routes=frozenset(project.routes),
+        project_scopes=frozenset(project.scopes),
+        priority=Priority.INTERACTIVE.value,
+        rules=load_rules(api_key=None, public_id=f"user-{user.pk}", project_id=project.pk, user_id=user.pk),
+        budgets=hard_budgets(key_public_id=f"user-{user.pk}", project_id=project.pk, user_id=user.pk),
     )
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 from django.contrib.auth.forms import AuthenticationForm
 from django.contrib.auth.views import LoginView
-from django.core.exceptions import ValidationError
+from django.core.exceptions import NON_FIELD_ERRORS, ValidationError
 from django.http import HttpResponse
 
 ATTEMPTS = 5
 WINDOW_SECONDS = 15 * 60.0
 PLACES_KEPT = 10_000
+PASSWORD_CHARACTERS = 1024
+"""A longer one is nobody's, and is not hashed."""
 
 Place = tuple[str, str]
 """A name and the address that tries it."""
@@ -63,6 +65,10 @@ class LoginForm(AuthenticationForm):
         address = self.request.META.get("REMOTE_ADDR", "") if self.request is not None else ""
         place = (str(self.cleaned_data.get("username", ""))[:150].casefold(), address)
         self.wait_seconds = attempts.wait_seconds(place)
+        if len(str(self.cleaned_data.get("password", ""))) > PASSWORD_CHARACTERS:
+            raise ValidationError(
+                f"A password has at most {PASSWORD_CHARACTERS} characters.", code="too_long"
+            )
         if self.wait_seconds:
             minutes = -(-self.wait_seconds // 60)
             raise ValidationError(f"Too many wrong passwords. Try again in {minutes} minutes.")
@@ -86,4 +92,6 @@ class Login(LoginView):
         if wait:
             response.status_code = 429
             response["Retry-After"] = str(wait)
+        elif form.has_error(NON_FIELD_ERRORS, "too_long"):
+            response.status_code = 400
         return response

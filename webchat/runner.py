@@ -287,7 +287,7 @@ class _Run:
         """Only asked for when no stream was: never."""
         raise AssertionError("an answer in the chat is always a stream")
 
-    async def stream_start(self) -> None:
+    async def stream_start(self, prompt_tokens: int = 0) -> None:
         """Readers need no start."""
 
     async def stream_chunk(self, chunk: bytes) -> None:

@@ -7,6 +7,7 @@ import logging
 import random
 import time
 from collections import OrderedDict
+from operator import attrgetter
 
 from inference.dispatch.fleet import Fleet
 from inference.dispatch.leases import Lease, Tally
@@ -24,12 +25,13 @@ class _Waiter:
     """A request in the queues of its route's deployments, until the first of three: a lease, its
     deadline, its client's leaving."""
 
-    __slots__ = ("avoid", "future", "needs", "queues", "since")
+    __slots__ = ("avoid", "future", "needs", "queues", "rank", "since")
 
-    def __init__(self, avoid: frozenset[int], needs: frozenset[str]) -> None:
+    def __init__(self, avoid: frozenset[int], needs: frozenset[str], rank: int) -> None:
         self.future: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         self.avoid = avoid
         self.needs = needs
+        self.rank = rank
         self.since = time.monotonic()
         self.queues: list[OrderedDict[_Waiter, None]] = []
 
@@ -61,11 +63,13 @@ class Dispatcher:
         *,
         avoid: frozenset[int] = NOTHING,
         needs: frozenset[str] = NO_NEEDS,
+        rank: int = 1,
     ) -> Lease:
         """A lease on a worker of this route; the caller releases it in a `finally`.
 
         A deployment is drawn by weight among those with a free worker, then a worker by its policy.
-        When all are saturated the request waits, first come first served, for the first that is freed.
+        When all are saturated the request waits for the first that is freed: the lowest `rank` first,
+        and first come first served among equals.
         `avoid`: ids of workers that failed this request already. `needs`: request fields that the
         worker must honour. Raises NoCapacity when no live worker could ever take it, when the queues
         are full, or at the deadline.
@@ -73,7 +77,7 @@ class Dispatcher:
         lease = self._take(route, avoid, needs)
         if lease is not None:
             return lease
-        return await self._wait(route, avoid, needs)
+        return await self._wait(route, avoid, needs, rank)
 
     def waiting(self, deployment_id: int) -> int:
         """How many requests wait for this deployment."""
@@ -118,7 +122,7 @@ class Dispatcher:
 
     # -- with waiting
 
-    async def _wait(self, route: RouteView, avoid: frozenset[int], needs: frozenset[str]) -> Lease:
+    async def _wait(self, route: RouteView, avoid: frozenset[int], needs: frozenset[str], rank: int) -> Lease:
         usable = [
             deployment
             for deployment in (self._fleet.current(target) for target, _ in route.targets)
@@ -129,7 +133,7 @@ class Dispatcher:
         open_to = [one for one in usable if self.waiting(one.id) < one.queue_limit]
         if not open_to:
             raise NoCapacity(_retry_after(), f"The queue of {route.name} is full.")
-        waiter = _Waiter(avoid, needs)
+        waiter = _Waiter(avoid, needs, rank)
         for deployment in open_to:
             queue = self._queues.setdefault(deployment.id, OrderedDict())
             queue[waiter] = None
@@ -168,7 +172,8 @@ class Dispatcher:
         deployment = self._fleet.deployment(deployment_id)
         if deployment is None:
             return
-        for waiter in list(queue):
+        # Sorting is stable: equals stay in the order in which they came.
+        for waiter in sorted(queue, key=_RANK):
             if waiter.future.done():
                 # Its client left; its task has not run since.
                 continue
@@ -180,6 +185,9 @@ class Dispatcher:
             elif not waiter.avoid and not waiter.needs:
                 # Nothing is free for anybody. (One that is choosy does not hold up those behind it.)
                 return
+
+
+_RANK = attrgetter("rank")
 
 
 def _retry_after() -> float:

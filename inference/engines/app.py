@@ -9,7 +9,6 @@ A client that leaves, streaming or not, ends its generation at once; so does `/a
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
@@ -19,7 +18,7 @@ from typing import Any, TypedDict, TypeVar, cast
 
 from starlette.types import Receive, Scope, Send
 
-from inference.engines.base import BadRequest, Delta, Engine, EngineError, GenerationRequest
+from inference.engines.base import Delta, Engine, GenerationRequest
 from inference.engines.chat import SampledRequest, parse_chat, to_generations
 from inference.engines.chat_answers import ChatChunks, WholeChat
 from inference.engines.completions import TextChunks, WholeTexts, parse_completion
@@ -30,6 +29,7 @@ from inference.engines.http import (
     Refusal,
     Running,
     WorkerApp,
+    as_refusals,
     header,
     read_body,
     send_end,
@@ -37,9 +37,6 @@ from inference.engines.http import (
 )
 from inference.engines.tokenize import detokenize, tokenize
 from inference.engines.usage import Totals
-
-logger = logging.getLogger(__name__)
-
 
 _Begun = Callable[[Send], Coroutine[Any, Any, None]]
 """A request that was read and checked; called, it answers."""
@@ -100,17 +97,10 @@ class EngineApp(WorkerApp):
         self, begin: Callable[[Running, bytes], _Begun], running: Running, receive: Receive, send: Send
     ) -> None:
         body = await read_body(receive)
-        try:
+        with as_refusals():
             answer = begin(running, body)
             async with self._active_while(running):
                 await self._until_left(running, answer(send), receive)
-        except BadRequest as bad:
-            raise Refusal(
-                400, bad.message, kind="invalid_request_error", param=bad.param, code=bad.code
-            ) from None
-        except EngineError:
-            logger.warning("event=request_failed the engine failed a request", exc_info=True)
-            raise Refusal(500, FAILED, kind="server_error", code="engine_error") from None
 
     def _engine_id(self, running: Running) -> str:
         """Fresh: two requests with one id must not meet inside the engine."""

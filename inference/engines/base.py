@@ -79,10 +79,26 @@ class Structured:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """What the model's chat template is told besides the messages."""
+
+    generation_prompt: bool = True
+    """Begin an answer after the last message."""
+    continued: bool = False
+    """Leave the last message open: the answer goes on with it."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """Of the template's own variables."""
+
+
+PLAIN = Template()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     request_id: str
     messages: list[dict[str, Any]] = field(default_factory=list)
     """As in the OpenAI API, content already checked to be text."""
+    template: Template = PLAIN
     prompt: str | list[int] | None = None
     """Text, or token ids, to go on from as it stands; then there are no messages."""
     echo: bool = False
@@ -164,6 +180,8 @@ class Delta:
     cached_tokens: int = 0
     finish_reason: str | None = None
     """`stop` or `length`."""
+    stop: str | None = None
+    """The stop string that ended it, where one did."""
     detail: Detail | None = None
 
 
@@ -214,7 +232,7 @@ class Engine(Model, Protocol):
         prompt: str | list[dict[str, Any]],
         *,
         special_tokens: bool,
-        generation_prompt: bool = True,
+        template: Template = PLAIN,
         tools: list[dict[str, Any]] | None = None,
     ) -> list[tuple[int, str]]:
         """The ids of a text, or of messages in the model's chat template, each with the token's own

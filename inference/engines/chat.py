@@ -6,11 +6,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import msgspec
 
-from inference.engines.base import BadRequest, GenerationRequest, Sampling, Structured
+from inference.engines.base import BadRequest, GenerationRequest, Sampling, Structured, Template
 from inference.engines.structured import ResponseFormat, StructuredOutputs, of_format, of_outputs
 from inference.engines.tools import Tool, tools_of
 
@@ -37,6 +37,17 @@ class ChatMessage(msgspec.Struct, omit_defaults=True):
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
+
+
+TemplateValues = Annotated[dict[str, str | int | float | bool | None], msgspec.Meta(max_length=1024)]
+
+
+class Templated(Protocol):
+    """What chat and tokenization alike tell the template."""
+
+    add_generation_prompt: bool | None
+    continue_final_message: bool | None
+    chat_template_kwargs: dict[str, str | int | float | bool | None] | None
 
 
 class StreamOptions(msgspec.Struct):
@@ -84,6 +95,9 @@ class ChatRequest(SampledRequest, kw_only=True):
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: TemplateValues | None = None
 
 
 _NEUTRAL: dict[str, object] = {
@@ -135,11 +149,14 @@ def to_generations(
         tools=tools,
         response_format=chat.response_format is not None and chat.response_format.type != "text",
         reasoning_effort=chat.reasoning_effort not in (None, "none"),
+        add_generation_prompt=chat.add_generation_prompt is False,
+        **template_fields(chat),
         **asked_of(chat),
     )
     wanted = GenerationRequest(
         request_id=request_id,
         messages=plain_messages(chat.messages),
+        template=template_of(chat),
         sampling=sampling_of(chat, chat.max_completion_tokens or chat.max_tokens),
         top_logprobs=chat.top_logprobs or 0 if chat.logprobs else None,
         token_ids=bool(chat.return_token_ids),
@@ -180,6 +197,30 @@ def asked_of(asked: SampledRequest) -> dict[str, object]:
         "structured_outputs": structured_of(asked),
         "return_token_ids": asked.return_token_ids,
     }
+
+
+def template_fields(asked: Templated) -> dict[str, object]:
+    """What both can ask of the template that only some engines honour."""
+    return {
+        "continue_final_message": asked.continue_final_message,
+        "chat_template_kwargs": asked.chat_template_kwargs,
+    }
+
+
+def template_of(asked: Templated) -> Template:
+    """Raises BadRequest for both an open message and a new one after it."""
+    continued = bool(asked.continue_final_message)
+    if continued and asked.add_generation_prompt:
+        raise BadRequest(
+            "'continue_final_message' cannot be used together with 'add_generation_prompt'.",
+            param="continue_final_message",
+            code="invalid_value",
+        )
+    return Template(
+        generation_prompt=not continued and asked.add_generation_prompt is not False,
+        continued=continued,
+        values=asked.chat_template_kwargs or {},
+    )
 
 
 def refuse_unsupported(capabilities: frozenset[str], **asked: object) -> None:

@@ -65,11 +65,11 @@ class ChatChunks:
                 + (totals.tail() if self._continuous else self._no_usage)
             )
         if delta.finish_reason is not None:
-            event += self._finish(choice, delta.finish_reason)
+            event += self._finish(choice, delta.finish_reason, delta.stop)
         return event
 
     def _role(self, choice: _Choice, delta: Delta) -> bytes:
-        said = choice.delta + b'{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
+        said = choice.delta + _ROLE + b',"logprobs":null,"finish_reason":null}]'
         if delta.detail is not None and delta.detail.prompt_token_ids is not None:
             said += b',"prompt_token_ids":' + msgspec.json.encode(delta.detail.prompt_token_ids)
         return said + self._tail()
@@ -108,12 +108,13 @@ class ChatChunks:
             + self._tail()
         )
 
-    def _finish(self, choice: _Choice, reason: str) -> bytes:
+    def _finish(self, choice: _Choice, reason: str, stop: str | None) -> bytes:
         """The last chunk of the choice; after the last choice the usage if it was asked for, and the end."""
         last = (
             choice.delta
             + b'{},"logprobs":null,"finish_reason":'
             + msgspec.json.encode(choice.reason(reason))
+            + stopped_by(stop)
             + b"}]"
             + self._tail()
         )
@@ -183,6 +184,8 @@ class WholeChat:
             "logprobs": None,
             "finish_reason": choice.reason(reason),
         }
+        if deltas[-1].stop is not None:
+            told["stop_reason"] = deltas[-1].stop
         tokens = [token for detail in details for token in detail.tokens]
         if self._wanted.top_logprobs is not None:
             told["logprobs"] = of_chat(tokens)
@@ -191,7 +194,13 @@ class WholeChat:
         return told
 
 
+def stopped_by(stop: str | None) -> bytes:
+    """The end of a chunk's choice: which stop string ended it, as vLLM tells it, where one did."""
+    return b"" if stop is None else b',"stop_reason":' + msgspec.json.encode(stop)
+
+
 _NOTHING = Detail()
+_ROLE = b'{"role":"assistant","content":"","refusal":null}'
 
 
 class _Choice:

@@ -23,6 +23,7 @@ from inference.engines.chat import (
     sampling_of,
     structured_of,
 )
+from inference.engines.chat_answers import stopped_by
 from inference.engines.logprobs import of_text
 from inference.engines.usage import Totals
 
@@ -127,6 +128,7 @@ class TextChunks:
             + (_NO_LOGPROBS if delta.detail is None else self._detail(at, delta, delta.detail))
             + b',"finish_reason":'
             + msgspec.json.encode(delta.finish_reason)
+            + stopped_by(delta.stop)
             + b"}]"
             + (totals.tail() if self._continuous else self._no_usage)
         )
@@ -184,6 +186,8 @@ class WholeTexts:
             "logprobs": None,
             "finish_reason": deltas[-1].finish_reason,
         }
+        if deltas[-1].stop is not None:
+            choice["stop_reason"] = deltas[-1].stop
         if self._logprobs:
             choice["logprobs"] = of_text([token for _, detail in told for token in detail.tokens], 0)
         if self._token_ids:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,9 +24,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from inference.engines.base import Model
+from inference.engines.base import BadRequest, EngineError, Model
 from inference.engines.chat import MAX_BODY_BYTES, error_body
 from inference.protocol import AbortReply, AbortRequest, Load
+
+logger = logging.getLogger(__name__)
 
 JSON = "application/json"
 BUSY = "This worker takes no new requests."
@@ -47,6 +50,20 @@ class Refusal(Exception):
 
 class ClientLeft(Exception):
     """Nobody waits for the answer any more."""
+
+
+@contextmanager
+def as_refusals() -> Iterator[None]:
+    """What an engine raises becomes what its client is told. Raises Refusal."""
+    try:
+        yield
+    except BadRequest as bad:
+        raise Refusal(
+            400, bad.message, kind="invalid_request_error", param=bad.param, code=bad.code
+        ) from None
+    except EngineError:
+        logger.warning("event=request_failed the engine failed a request", exc_info=True)
+        raise Refusal(500, FAILED, kind="server_error", code="engine_error") from None
 
 
 class Spent(Protocol):

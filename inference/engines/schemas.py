@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from inference.engines.base import BadRequest
@@ -13,16 +14,23 @@ FULL_DEPTH = 4
 MOST_VALUES = 10_000
 
 
-def instance(schema: dict[str, Any] | bool, *, param: str) -> Any:
-    """The same value for the same schema. `pattern` and `format` are not looked at. Raises BadRequest,
-    naming `param`, for a schema that has no end, no instance, or is none."""
-    return _Maker(schema, param).make(schema, 0)
+def instance(
+    schema: dict[str, Any] | bool, *, param: str, texts: Sequence[str] = (), numbers: Sequence[float] = ()
+) -> Any:
+    """The same value for the same schema, with these texts and numbers at the first places that allow
+    them. `pattern` and `format` are not looked at. Raises BadRequest, naming `param`, for a schema that
+    has no end, no instance, or is none."""
+    return _Maker(schema, param, texts, numbers).make(schema, 0)
 
 
 class _Maker:
-    def __init__(self, root: dict[str, Any] | bool, param: str) -> None:
+    def __init__(
+        self, root: dict[str, Any] | bool, param: str, texts: Sequence[str], numbers: Sequence[float]
+    ) -> None:
         self._root = root
         self._param = param
+        self._texts = list(texts)
+        self._numbers = list(numbers)
         self._values = 0
 
     def make(self, schema: Any, depth: int) -> Any:
@@ -88,6 +96,13 @@ class _Maker:
     def _number(self, schema: dict[str, Any], *, whole: bool) -> int | float:
         low, high, step = (_bound(schema, name) for name in ("minimum", "maximum", "multipleOf"))
         above, below = _bound(schema, "exclusiveMinimum"), _bound(schema, "exclusiveMaximum")
+        for given in self._numbers:
+            inside = (low is None or given >= low) and (high is None or given <= high)
+            between = (above is None or given > above) and (below is None or given < below)
+            even = given % (step or 1) == 0 if whole or step else True
+            if inside and between and even and (not whole or given.is_integer()):
+                self._numbers.remove(given)
+                return int(given) if whole else given
         step = step or (1 if whole else 0.5)
         highest = [high, None if below is None else below - step]
         lowest = [low, None if above is None else above + step]
@@ -99,6 +114,10 @@ class _Maker:
 
     def _string(self, schema: dict[str, Any]) -> str:
         least, most = self._count(schema, "minLength"), schema.get("maxLength")
+        for given in self._texts:
+            if least <= len(given) and (not isinstance(most, int) or len(given) <= most):
+                self._texts.remove(given)
+                return given
         text = "steam" + " steam" * math.ceil((least - 5) / 6) if least > 5 else "steam"
         return text[: max(least, most)] if isinstance(most, int) else text
 

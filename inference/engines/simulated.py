@@ -9,8 +9,11 @@ depends on these alone, and on which sample it is: sampling fields are accepted 
 except `max_tokens`, `stop` and `ignore_eos`, which are honoured.
 
 A tool that must be called is called with arguments that its schema allows; one that may be called is
-when the last message is a user's and names it. An answer that must have a form is the first choice, or
-a value that the schema allows. `reasoning_effort` gives thoughts before the answer, more for more of it.
+when the last message is a user's and names it or, after a first word like `get`, what it is about:
+"the weather" means `get_weather`. An answer that must have a form is the first choice, or a value that
+the schema allows. In arguments and values are what the last message quotes and the numbers it says, as
+far as the schema has a place for them; where any object will do, what it quotes are the names.
+`reasoning_effort` gives thoughts before the answer, more for more of it.
 
 Deployment arguments (`SimulatedArguments`):
 
@@ -56,11 +59,13 @@ from typing import Annotated, Any
 import msgspec
 
 from inference.engines.base import (
+    PLAIN,
     Delta,
     EngineError,
     EngineSpec,
     GenerationRequest,
     LoadError,
+    Template,
     check_token_ids,
     too_long,
 )
@@ -251,14 +256,15 @@ class SimulatedEngine:
             self._tokens += 1
             word = next(words)
             text = stops.feed(word) if count > thoughts else ""
-            if count == length and not stops.met:
+            if count == length and stops.met is None:
                 text += stops.flush()
-            finish = "stop" if stops.met else ending if count == length else None
+            finish = "stop" if stops.met is not None else ending if count == length else None
             yield Delta(
                 text=text,
                 prompt_tokens=prompt,
                 completion_tokens=count,
                 finish_reason=finish,
+                stop=stops.met,
                 detail=telling.of(count, word, text) if telling.needed else None,
             )
             if finish is not None:
@@ -317,7 +323,7 @@ class SimulatedEngine:
         prompt: str | list[dict[str, Any]],
         *,
         special_tokens: bool,
-        generation_prompt: bool = True,
+        template: Template = PLAIN,
         tools: list[dict[str, Any]] | None = None,
     ) -> list[tuple[int, str]]:
         """There are no special tokens, and no words around messages."""

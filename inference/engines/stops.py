@@ -12,16 +12,20 @@ class StopStrings:
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
-        self.met = False
+        self.met: str | None = None
+        """The stop string that ended the text."""
 
     def feed(self, text: str) -> str:
-        if not self._stops or self.met:
-            return "" if self.met else text
+        if self.met is not None:
+            return ""
+        if not self._stops:
+            return text
         self._held += text
-        hits = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        hits = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if hits:
-            self.met = True
-            shown, self._held = self._held[: min(hits)], ""
+            # Of several in one place, the first that was given.
+            at, self.met = min(hits, key=lambda hit: hit[0])
+            shown, self._held = self._held[:at], ""
             return shown
         keep = max(self._overlap(stop) for stop in self._stops)
         cut = len(self._held) - keep

@@ -7,7 +7,15 @@ from typing import Annotated, Any
 import msgspec
 
 from inference.engines.base import BadRequest, Engine
-from inference.engines.chat import ChatMessage, decode, plain_messages
+from inference.engines.chat import (
+    ChatMessage,
+    TemplateValues,
+    decode,
+    plain_messages,
+    refuse_unsupported,
+    template_fields,
+    template_of,
+)
 from inference.engines.tools import Tool
 
 
@@ -18,6 +26,8 @@ class TokenizeRequest(msgspec.Struct):
     messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1, max_length=100_000)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: TemplateValues | None = None
     return_token_strs: bool | None = None
     tools: Annotated[list[Tool], msgspec.Meta(max_length=1024)] | None = None
 
@@ -37,17 +47,24 @@ async def tokenize(engine: Engine, body: bytes) -> bytes:
         raise BadRequest(
             "Give either 'prompt' or 'messages'.", param="prompt", code="missing_required_parameter"
         )
+    if asked.messages is not None:
+        refuse_unsupported(engine.capabilities, **template_fields(asked))
     # A chat template writes the special tokens itself.
     special = asked.prompt is not None if asked.add_special_tokens is None else asked.add_special_tokens
     tokens = await engine.tokenize(
         plain_messages(asked.messages) if asked.messages is not None else asked.prompt or "",
         special_tokens=special,
-        generation_prompt=asked.add_generation_prompt is not False,
+        template=template_of(asked),
         tools=[msgspec.to_builtins(tool) for tool in asked.tools] if asked.tools else None,
     )
+    return tokens_answer(asked, tokens, engine.context_length)
+
+
+def tokens_answer(asked: TokenizeRequest, tokens: list[tuple[int, str]], limit: int) -> bytes:
+    """`tokens`: ids, and how each is spelled; `limit`: most tokens that the model takes."""
     answer: dict[str, Any] = {
         "count": len(tokens),
-        "max_model_len": engine.context_length,
+        "max_model_len": limit,
         "tokens": [token for token, _ in tokens],
         "token_strs": [said for _, said in tokens] if asked.return_token_strs else None,
     }

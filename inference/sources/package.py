@@ -94,10 +94,15 @@ def _watch(pip: subprocess.Popen[str], lines: list[str], workspace: Path, report
             reporter.progress(CopyPhase.FETCHING, "download", min(done, max(total - 1, 0)) or done, total)
 
 
+# Bounded throughout: what an index sends could be made to take long.
+_ANNOUNCED = re.compile(r"(?:Downloading|Using cached) .{0,400}\((\d{1,9}(?:\.\d{1,9})?) (bytes|kB|MB|GB)\)")
+_URL = re.compile(r"([a-z0-9+.-]{1,30})://(?:[^\s/@]*@)?([^\s/:@?#]*)[^\s]*", re.IGNORECASE)
+
+
 def _announced_size(lines: list[str]) -> int:
     units = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
     for line in lines:
-        if match := re.search(r"(?:Downloading|Using cached) .*\((\d+(?:\.\d+)?) (bytes|kB|MB|GB)\)", line):
+        if match := _ANNOUNCED.search(line):
             return int(float(match[1]) * units[match[2]])
     return 0
 
@@ -126,7 +131,7 @@ def _fetch_error(source: PackageSource, lines: list[str]) -> SourceError:
 def scrubbed(line: str) -> str:
     """A line of another program without what is no reader's business: URLs shrink to their host
     (credentials and tokens go), and paths to their last name."""
-    line = re.sub(r"\b([a-z][a-z0-9+.-]*)://(?:[^\s/@]*@)?([^\s/:@?#]*)[^\s]*", r"\1://\2", line, flags=re.I)
+    line = _URL.sub(r"\1://\2", line)
     line = re.sub(r"(?<![\w:/.])/(?:[^\s/'\"]+/)+", "", line)
     return line if len(line) <= 200 else f"{line[:197]}..."
 

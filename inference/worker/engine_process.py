@@ -51,21 +51,15 @@ _NOT_FOR_ENGINES = (
 """Variables of the control plane, and the hub's token, which only the fetching needs: an engine runs
 other people's code on other people's text."""
 
-_AGENT_MARK = "ROUNDHOUSE_WORKER"
-"""Names the worker's folder; by it an agent finds what a dead worker left running."""
-
 
 class PortTaken(Exception):
     """The address to listen on is not to be had."""
 
 
 def engine_environment(base: Mapping[str, str], extra: Mapping[str, str], secret: str) -> dict[str, str]:
-    """The child's environment: ours without the control plane's, then the deployment's."""
-    kept = {
-        name: value
-        for name, value in base.items()
-        if name == _AGENT_MARK or not name.startswith(_NOT_FOR_ENGINES)
-    }
+    """The child's environment: ours without the control plane's, then the deployment's. The agent's mark,
+    by which it finds what a dead worker left running, stays."""
+    kept = {name: value for name, value in base.items() if not name.startswith(_NOT_FOR_ENGINES)}
     return {**kept, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **extra, SECRET_VARIABLE: secret}
 
 

@@ -103,9 +103,10 @@ class Messages:
         used_tools = any(block["type"] == "tool_use" for block in content)
         await self._answered.send_json(status, whole | self._stopped(choice, used_tools))
 
-    async def stream_start(self) -> None:
+    async def stream_start(self, prompt_tokens: int = 0) -> None:
         await self._answered.stream_start()
-        await self._answered.stream_chunk(_event("message_start", message=self._message(_Usage())))
+        begun = self._message(_Usage(prompt_tokens=prompt_tokens))
+        await self._answered.stream_chunk(_event("message_start", message=begun))
 
     async def stream_chunk(self, chunk: bytes) -> None:
         try:

@@ -11,7 +11,7 @@ import msgspec
 from openai_api import limits
 from openai_api.errors import InvalidRequest
 from openai_api.parsing import missing
-from openai_api.protocol.call import Call, StopList, Tokens
+from openai_api.protocol.call import Call, Size, StopList, Tokens
 from openai_api.protocol.chat import ChatCompletionRequest
 
 
@@ -87,7 +87,7 @@ class Conversation(Call, kw_only=True, dict=True):
     """What both endpoints read. `cache_control`, `metadata` and the like change nothing here."""
 
     messages: Annotated[list[Turn], msgspec.Meta(min_length=1, max_length=limits.MESSAGES)] | None = None
-    system: str | Annotated[list[TextBlock], msgspec.Meta(max_length=limits.CONTENT_PARTS)] | None = None
+    system: str | Blocks | None = None
     tools: Annotated[list[Tool], msgspec.Meta(max_length=limits.TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
@@ -169,6 +169,9 @@ class MessagesRequest(Conversation, kw_only=True, dict=True):
     def forwarded(self, needs: frozenset[str]) -> bytes:
         return self.chat.forwarded(needs)
 
+    def size(self, forwarded_bytes: int) -> Size:
+        return self.chat.size(forwarded_bytes)
+
     def _as_chat(self) -> dict[str, Any]:
         return Conversation._as_chat(self) | {
             "max_tokens": self.max_tokens,
@@ -196,7 +199,7 @@ class CountTokensRequest(Conversation, kw_only=True, dict=True):
 _SEEN_IN_A_PROMPT = frozenset({"tools", "continue_final_message", "add_generation_prompt"})
 
 
-def _messages(system: str | list[TextBlock] | None, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+def _messages(system: str | Sequence[Shown] | None, turns: Sequence[Turn]) -> list[dict[str, Any]]:
     """Chat's messages. Turns of one role that follow each other become one, as at Anthropic's."""
     found: list[dict[str, Any]] = []
     if system:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from operator import attrgetter
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -24,6 +24,21 @@ TokenList = Annotated[list[TokenId], msgspec.Meta(min_length=1)]
 Kept = Annotated[int, msgspec.Meta(ge=-1, le=limits.INT64_MAX)]
 
 NOTHING: frozenset[str] = frozenset()
+PAIR_TOKENS = 16
+"""What an engine may put around two texts that it reads together."""
+
+
+class Size(NamedTuple):
+    """What a request may use at most, as far as can be told without a tokenizer."""
+
+    prompt_tokens: int
+    """Never less than the engine counts."""
+    prompts: int = 1
+    """Each of them is within the model's context."""
+    answers: int = 0
+    """Texts that are written."""
+    most_tokens: int | None = 0
+    """Of each answer; None: what the context leaves."""
 
 
 class Optional:
@@ -61,9 +76,22 @@ class Call(msgspec.Struct, kw_only=True):
         """Fields beyond those that every engine honours, given a value that asks for something."""
         return NOTHING
 
+    def given_as(self, need: str) -> str:
+        """The client's own name of what it `needs`."""
+        return need
+
+    @property
+    def samples(self) -> int:
+        """How many answers to each prompt are asked for."""
+        return 1
+
     def forwarded(self, needs: frozenset[str]) -> bytes:
         """The body for the engine: what it honours of this request, and nothing else."""
         return msgspec.json.encode({"model": self.model})
+
+    def size(self, forwarded_bytes: int) -> Size:
+        """What it may use at most; its body for the engine has so many bytes."""
+        return Size(forwarded_bytes + limits.TEMPLATE_TOKENS)
 
     @property
     def streamed(self) -> bool:

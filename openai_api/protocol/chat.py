@@ -15,6 +15,11 @@ from openai_api.protocol.sampled import NEUTRAL, Sampled
 from openai_api.protocol.structured import check_format
 from openai_api.protocol.tools import check_choice, check_tools, names_one, narrowed
 
+TemplateValues = Annotated[
+    dict[str, str | int | float | bool | None], msgspec.Meta(max_length=limits.TEMPLATE_VALUES)
+]
+"""Plain ones only: a template is a program, and these are its input."""
+
 
 class ChatCompletionRequest(Sampled, kw_only=True):
     """`POST /v1/chat/completions`"""
@@ -42,10 +47,7 @@ class ChatCompletionRequest(Sampled, kw_only=True):
     include_reasoning: bool | None = None
     documents: Annotated[list[dict[str, Any]], msgspec.Meta(max_length=limits.RAG_DOCUMENTS)] | None = None
     chat_template: str | None = None
-    chat_template_kwargs: (
-        Annotated[dict[str, str | int | float | bool | None], msgspec.Meta(max_length=limits.TEMPLATE_VALUES)]
-        | None
-    ) = None
+    chat_template_kwargs: TemplateValues | None = None
 
     optional: ClassVar[Optional] = Optional(
         {

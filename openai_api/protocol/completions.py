@@ -8,7 +8,7 @@ import msgspec
 
 from openai_api import limits
 from openai_api.parsing import missing
-from openai_api.protocol.call import Optional, TokenId, TokenList, several, too_many
+from openai_api.protocol.call import Optional, Size, TokenId, TokenList, several, too_many
 from openai_api.protocol.sampled import NEUTRAL, Sampled
 
 
@@ -27,6 +27,11 @@ class CompletionRequest(Sampled, kw_only=True):
     @property
     def most_tokens(self) -> int | None:
         return COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+
+    def size(self, forwarded_bytes: int) -> Size:
+        prompts = len(several(self.prompt, "prompt"))
+        tokens = forwarded_bytes + limits.TEMPLATE_TOKENS
+        return Size(tokens, prompts, prompts * (self.n or 1), self.most_tokens)
 
     def check(self) -> None:
         Sampled.check(self)

@@ -8,7 +8,7 @@ import msgspec
 
 from openai_api import limits
 from openai_api.parsing import missing
-from openai_api.protocol.call import Call, Kept, Optional, Tokens, empty_string
+from openai_api.protocol.call import PAIR_TOKENS, Call, Kept, Optional, Size, Tokens, empty_string
 
 
 class RerankDocument(msgspec.Struct):
@@ -27,6 +27,7 @@ class RerankRequest(Call, kw_only=True):
     return_documents: bool | None = None
     truncate_prompt_tokens: Kept | None = None
     # Extras of Cohere's and of the engines.
+    max_tokens_per_doc: Tokens | None = None
     max_chunks_per_doc: Tokens | None = None
     rank_fields: list[str] | None = None
     truncation_side: Literal["left", "right"] | None = None
@@ -35,6 +36,7 @@ class RerankRequest(Call, kw_only=True):
 
     optional: ClassVar[Optional] = Optional(
         {
+            "max_tokens_per_doc": (),
             "max_chunks_per_doc": (),
             "rank_fields": ([], ["text"]),
             "truncation_side": ("right",),
@@ -54,6 +56,12 @@ class RerankRequest(Call, kw_only=True):
 
     def needs(self) -> frozenset[str]:
         return self.optional.asked(self)
+
+    def size(self, forwarded_bytes: int) -> Size:
+        # The query is read once more with each document.
+        pairs = len(self.documents or ())
+        most = forwarded_bytes + pairs * (len((self.query or "").encode()) + PAIR_TOKENS)
+        return Size(most, pairs)
 
     def forwarded(self, needs: frozenset[str]) -> bytes:
         documents = [one if isinstance(one, str) else one.text for one in self.documents or ()]

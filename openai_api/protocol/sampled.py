@@ -9,8 +9,8 @@ import msgspec
 from openai_api import limits
 from openai_api.errors import InvalidRequest
 from openai_api.parsing import invalid
-from openai_api.protocol.call import Call, Int, Kept, Optional, Penalty, StopList, TokenIds, Tokens
-from openai_api.protocol.structured import GUIDED, check_kind, check_outputs
+from openai_api.protocol.call import Call, Int, Kept, Optional, Penalty, Size, StopList, TokenIds, Tokens
+from openai_api.protocol.structured import GUIDED, KINDS_OF_SOME, check_kind, check_outputs
 
 
 class StreamOptions(msgspec.Struct):
@@ -87,6 +87,9 @@ class Sampled(Call, kw_only=True):
         """Most tokens of one answer; None: what the context leaves."""
         return self.max_tokens
 
+    def size(self, forwarded_bytes: int) -> Size:
+        return Size(forwarded_bytes + limits.TEMPLATE_TOKENS, 1, self.n or 1, self.most_tokens)
+
     def check(self) -> None:
         Call.check(self)
         if self.stream_options is not None and not self.stream:
@@ -132,9 +135,26 @@ class Sampled(Call, kw_only=True):
 
     def needs(self) -> frozenset[str]:
         asked = self.optional.asked(self)
-        if asked and not _GUIDED.isdisjoint(asked):
-            return asked - _GUIDED | {"structured_outputs"}
-        return asked
+        if not asked or _STRUCTURED.isdisjoint(asked):
+            return asked
+        # Not every engine that has structured outputs has all kinds of them.
+        kinds = self._kinds() & KINDS_OF_SOME
+        return asked - _GUIDED | {"structured_outputs"} | {f"structured_outputs.{kind}" for kind in kinds}
+
+    def given_as(self, need: str) -> str:
+        if need.startswith("structured_outputs") and self.structured_outputs is None:
+            return next(name for name in GUIDED if getattr(self, name) is not None)
+        return need
+
+    @property
+    def samples(self) -> int:
+        return self.n or 1
+
+    def _kinds(self) -> frozenset[str]:
+        """Of structured outputs, by whichever name."""
+        given = self.structured_outputs or {}
+        guided = {kind for name, kind in GUIDED.items() if getattr(self, name) is not None}
+        return frozenset(guided | {kind for kind, value in given.items() if value is not None})
 
     def _passed_on(self, needs: frozenset[str]) -> dict[str, Any]:
         body: dict[str, Any] = {"model": self.model}
@@ -145,7 +165,8 @@ class Sampled(Call, kw_only=True):
         if self.stop:
             body["stop"] = self.stop
         for name in needs:
-            body[name] = getattr(self, name)
+            if "." not in name:
+                body[name] = getattr(self, name)
         if needs:
             self._reword(body, needs)
         if self.stream:
@@ -166,6 +187,7 @@ class Sampled(Call, kw_only=True):
 
 _ALL_USAGE = {"include_usage": True, "continuous_usage_stats": True}
 _GUIDED = frozenset(GUIDED)
+_STRUCTURED = _GUIDED | {"structured_outputs"}
 _FORMS = ("response_format", "structured_outputs", *GUIDED)
 """Each says what form the answer has: one of them at a time."""
 

@@ -9,7 +9,7 @@ import msgspec
 from openai_api import limits
 from openai_api.errors import InvalidRequest
 from openai_api.parsing import missing
-from openai_api.protocol.call import Call, Kept, empty_string
+from openai_api.protocol.call import PAIR_TOKENS, Call, Kept, Size, empty_string
 
 Texts = str | Annotated[list[str], msgspec.Meta(min_length=1, max_length=limits.RERANK_DOCUMENTS)] | None
 
@@ -38,6 +38,12 @@ class ScoreRequest(Call, kw_only=True):
                 param=left_name,
                 code="invalid_value",
             )
+
+    def size(self, forwarded_bytes: int) -> Size:
+        left, right = self._given(_LEFT)[1], self._given(_RIGHT)[1]
+        # One text on the left is read once more with each on the right.
+        again = max(len(text.encode()) for text in left)
+        return Size(forwarded_bytes + len(right) * (again + PAIR_TOKENS), len(right))
 
     def forwarded(self, needs: frozenset[str]) -> bytes:
         body: dict[str, Any] = {

@@ -23,12 +23,12 @@ class _JsonSchema(msgspec.Struct):
     description: str | None = None
 
 
-class _ResponseFormat(msgspec.Struct):
+class ResponseFormat(msgspec.Struct):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: _JsonSchema | None = None
 
 
-class _Structured(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+class StructuredOutputs(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     """vLLM's `structured_outputs`."""
 
     json: str | dict[str, Any] | None = None
@@ -42,6 +42,8 @@ class _Structured(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True
 
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+KINDS_OF_SOME = frozenset({"regex", "grammar", "structural_tag"})
+"""Announced by the engines that have them, as `structured_outputs.KIND`; the others come with any."""
 GUIDED = {
     "guided_json": "json",
     "guided_regex": "regex",
@@ -53,7 +55,7 @@ GUIDED = {
 
 def check_format(given: dict[str, Any]) -> None:
     """`response_format`. Raises InvalidRequest naming what cannot be used."""
-    asked = convert(given, _ResponseFormat, "response_format")
+    asked = convert(given, ResponseFormat, "response_format")
     if asked.type != "json_schema":
         return
     if asked.json_schema is None:
@@ -65,7 +67,7 @@ def check_format(given: dict[str, Any]) -> None:
 def check_outputs(given: dict[str, Any], path: str = "structured_outputs") -> None:
     """`structured_outputs`, or a part of it that came under another name. Raises InvalidRequest naming
     what cannot be used."""
-    asked = convert(given, _Structured, path)
+    asked = convert(given, StructuredOutputs, path)
     kinds = [kind for kind in KINDS if getattr(asked, kind) not in (None, False)]
     if len(kinds) != 1:
         raise invalid("structured_outputs", f"give exactly one of {', '.join(KINDS)}.")

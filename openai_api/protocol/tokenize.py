@@ -11,8 +11,9 @@ from openai_api import limits
 from openai_api.errors import InvalidRequest
 from openai_api.parsing import missing
 from openai_api.protocol.call import NOTHING, Call, TokenId
-from openai_api.protocol.chat import ChatCompletionRequest
+from openai_api.protocol.chat import ChatCompletionRequest, TemplateValues
 from openai_api.protocol.messages import ChatMessage
+from openai_api.protocol.tools import check_tools
 
 
 class TokenizeRequest(Call, kw_only=True, dict=True):
@@ -29,7 +30,7 @@ class TokenizeRequest(Call, kw_only=True, dict=True):
     continue_final_message: bool | None = None
     tools: Annotated[list[dict[str, Any]], msgspec.Meta(max_length=limits.TOOLS)] | None = None
     chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateValues | None = None
 
     @cached_property
     def chat(self) -> ChatCompletionRequest:
@@ -49,6 +50,8 @@ class TokenizeRequest(Call, kw_only=True, dict=True):
         if self.messages is None:
             if self.prompt is None:
                 raise missing("prompt")
+            # A text has no use for them, but they are not taken broken.
+            check_tools(self.tools or [])
         elif self.prompt is None:
             self.chat.check()
         else:
@@ -68,6 +71,9 @@ class TokenizeRequest(Call, kw_only=True, dict=True):
         else:
             body["messages"] = self.messages
             named += ["add_generation_prompt", *needs]
+            if self.continue_final_message:
+                # Engines add the prompt unless told otherwise, and refuse both.
+                body["add_generation_prompt"] = False
         return msgspec.json.encode(
             body | {name: value for name in named if (value := getattr(self, name)) is not None}
         )

@@ -21,7 +21,7 @@ class _Function(msgspec.Struct):
     strict: bool | None = None
 
 
-class _Tool(msgspec.Struct):
+class ToolDefinition(msgspec.Struct):
     type: Literal["function", "custom"]
     function: _Function | None = None
 
@@ -47,7 +47,7 @@ class _Allowed(msgspec.Struct, tag_field="type", tag="allowed_tools"):
     allowed_tools: _AllowedTools
 
 
-_Choice = _ChosenFunction | _ChosenCustom | _Allowed
+Choice = _ChosenFunction | _ChosenCustom | _Allowed
 _WORDS = ("none", "auto", "required")
 
 
@@ -56,7 +56,7 @@ def check_tools(tools: list[dict[str, Any]]) -> None:
     names: set[str] = set()
     for at, given in enumerate(tools):
         path = f"tools[{at}]"
-        tool = convert(given, _Tool, path)
+        tool = convert(given, ToolDefinition, path)
         if tool.type == "custom":
             raise InvalidRequest(
                 "Unsupported value: tools of type 'custom' are not supported. Use 'function'.",
@@ -87,7 +87,7 @@ def check_choice(choice: str | dict[str, Any], tools: list[dict[str, Any]] | Non
             raise invalid("tool_choice", f"expected one of {', '.join(_WORDS)}, or an object.")
         return
     # The annotation is for mypy: a union is no type to it.
-    kind: Any = _Choice
+    kind: Any = Choice
     chosen = convert(choice, kind, "tool_choice")
     wanted = chosen.allowed_tools.tools if isinstance(chosen, _Allowed) else [chosen]
     known = {tool["function"]["name"] for tool in tools}

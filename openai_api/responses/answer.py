@@ -60,7 +60,7 @@ class Responding:
         self._output.finish(self._last_status())
         await self._to.send_json(status, await self._kept(self._ended()))
 
-    async def stream_start(self) -> None:
+    async def stream_start(self, prompt_tokens: int = 0) -> None:
         await self._to.stream_start()
         begun = self._object("in_progress")
         await self._tell(

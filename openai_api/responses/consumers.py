@@ -15,6 +15,7 @@ from openai_api.errors import InvalidRequest, ResponseNotFound, StorageAway
 from openai_api.gateway import Gateway
 from openai_api.models import StoredResponse
 from openai_api.responses.store import delete, find
+from registry.rights import Scope
 from registry.threads import in_database
 
 PAGE = 20
@@ -29,7 +30,7 @@ class OfResponse(ApiConsumer):
         self._gateway = gateway
 
     async def handle(self, request: Request) -> None:
-        key = await self._gateway.keys.authenticate(request.credential)
+        key = await self._gateway.keys.admit(request, Scope.RESPONSES.value)
         response_id: str = request.scope["url_route"]["kwargs"]["response_id"]
         try:
             await self.send_json(200, await self.answer(key, response_id, request))
@@ -37,6 +38,7 @@ class OfResponse(ApiConsumer):
             raise StorageAway from error
 
     async def answer(self, key: Key, response_id: str, request: Request) -> object:
+        """What this URL tells; each subclass has its own."""
         raise NotImplementedError
 
     async def found(self, key: Key, response_id: str) -> StoredResponse:
@@ -56,7 +58,10 @@ class OneResponse(OfResponse):
             if not await in_database(delete, key.project_id, response_id):
                 raise ResponseNotFound(response_id)
             return {"id": response_id, "object": "response.deleted", "deleted": True}
-        if _words(request).get("stream") == "true":
+        streamed = _words(request).get("stream", "false")
+        if streamed not in ("true", "false"):
+            raise InvalidRequest("'stream' must be true or false.", param="stream", code="invalid_value")
+        if streamed == "true":
             raise InvalidRequest(
                 "Unsupported value: 'stream' is not supported for a response that has ended.",
                 param="stream",
@@ -107,7 +112,7 @@ class InputItems(OfResponse):
 
 def _words(request: Request) -> dict[str, str]:
     """The query string; of a name given twice, the last."""
-    words = parse_qs(request.query_string.decode("latin-1"))
+    words = parse_qs(request.query_string.decode("latin-1"), keep_blank_values=True)
     return {name: values[-1] for name, values in words.items()}
 
 

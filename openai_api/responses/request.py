@@ -9,14 +9,18 @@ import msgspec
 from openai_api import limits
 from openai_api.errors import InvalidRequest
 from openai_api.parsing import decode, missing
-from openai_api.protocol.call import Call, Penalty, Tokens
+from openai_api.protocol.call import Call, Penalty, Size, Tokens
 from openai_api.protocol.chat import ChatCompletionRequest
 from openai_api.responses.items import InputItem, Messages
 from openai_api.responses.words import reworded
 
 LOGPROBS = "message.output_text.logprobs"
-REFUSED = ("background", "conversation", "prompt")
-"""Fields that would change the answer and that nothing here honours."""
+REFUSED = {
+    "background": "Leave it out and wait for the answer, or set 'stream' to true.",
+    "conversation": "Send the earlier items in 'input', or go on from an answer with 'previous_response_id'.",
+    "prompt": "Send its text in 'instructions' and 'input'.",
+}
+"""Fields that would change the answer and that nothing here honours, and what to do instead."""
 
 
 class FunctionTool(msgspec.Struct):
@@ -93,10 +97,10 @@ class ResponsesRequest(Call, kw_only=True, dict=True):
 
     def check(self) -> None:
         Call.check(self)
-        for field in REFUSED:
+        for field, instead in REFUSED.items():
             if getattr(self, field):
                 raise InvalidRequest(
-                    f"Unsupported value: '{field}' is not supported here. Leave it out.",
+                    f"Unsupported value: '{field}' is not supported here. {instead}",
                     param=field,
                     code="unsupported_value",
                 )
@@ -140,6 +144,9 @@ class ResponsesRequest(Call, kw_only=True, dict=True):
 
     def forwarded(self, needs: frozenset[str]) -> bytes:
         return self.chat.forwarded(needs)
+
+    def size(self, forwarded_bytes: int) -> Size:
+        return self.chat.size(forwarded_bytes)
 
     def _asked(self) -> dict[str, Any]:
         """The chat request, but for its messages. `null` means "not given" there too."""

@@ -1,4 +1,6 @@
-"""The environment, read and checked once. Nothing else in the project reads `os.environ` for settings.
+"""The environment, read and checked once. Nothing else in the control plane reads `os.environ` for
+settings; a node, which runs without Django, reads three of these itself: ROUNDHOUSE_DATA, ROUNDHOUSE_CACHE
+and ROUNDHOUSE_VLLM_PYTHON.
 
 | variable | default | meaning |
 |---|---|---|
@@ -12,10 +14,16 @@
 | ROUNDHOUSE_SECRET_KEY | generated into the data folder | signs sessions, derives worker secrets |
 | ROUNDHOUSE_KEY_PEPPERS | derived from the secret key | `1:HEX,2:HEX`: numbered peppers of API key digests |
 | ROUNDHOUSE_HTTPS | no | `yes`: browsers reach it through a proxy that speaks TLS |
+| ROUNDHOUSE_TRUSTED_PROXIES | (none) | addresses or networks of proxies whose X-Forwarded-For is believed |
 | ROUNDHOUSE_CORS_ORIGINS | (closed) | origins whose pages may call /v1, comma-separated |
 | ROUNDHOUSE_LOG_LEVEL | INFO | of the whole project |
 | ROUNDHOUSE_LOG_FORMAT | line | `line` for people, `json` for machines |
 | ROUNDHOUSE_METRICS_TOKEN | (none) | bearer token that opens /metrics from other machines |
+| ROUNDHOUSE_CURRENCY | USD | three letters: of all prices, costs and budgets |
+| ROUNDHOUSE_USAGE_DAYS | (all) | how many days single usage events are kept; their hourly sums stay |
+| ROUNDHOUSE_MAIL_URL | (no mail) | `smtp://user:password@host:587`, with STARTTLS, or `smtps://…:465` |
+| ROUNDHOUSE_MAIL_FROM | roundhouse@localhost | sender of notices |
+| ROUNDHOUSE_VLLM_PYTHON | .venv-vllm beside the code | of a node: the Python that has vLLM |
 """
 
 from __future__ import annotations
@@ -26,17 +34,33 @@ import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+Network = IPv4Network | IPv6Network
 MIN_SECRET_KEY = 50
 MIN_METRICS_TOKEN = 20
+MIN_USAGE_DAYS = 32
+"""The longest month, and a day: the running month can always be charged anew."""
 
 
 class BadEnvironment(Exception):
     """A variable that cannot be used; the message names it and says what to set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mail:
+    """A server that takes mail."""
+
+    host: str
+    port: int
+    user: str
+    password: str
+    implicit_tls: bool
+    starttls: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +76,19 @@ class Env:
     secret_key: str
     key_peppers: dict[int, bytes]
     https: bool
+    trusted_proxies: tuple[Network, ...]
     cors_origins: tuple[str, ...]
     log_level: str
     log_format: str
     metrics_token: str
+    currency: str
+    usage_days: int | None
+    """None: usage events are kept for good."""
+    mail: Mail | None
+    """None: no mail is sent."""
+    mail_from: str
+    vllm_python: Path | None
+    """None: the one that `make vllm` makes, if any."""
 
 
 def read_env(environ: Mapping[str, str] = os.environ) -> Env:
@@ -76,10 +109,16 @@ def read_env(environ: Mapping[str, str] = os.environ) -> Env:
         secret_key=secret_key,
         key_peppers=_peppers(environ.get("ROUNDHOUSE_KEY_PEPPERS", ""), secret_key),
         https=_yes_or_no("ROUNDHOUSE_HTTPS", environ.get("ROUNDHOUSE_HTTPS") or "no"),
+        trusted_proxies=_networks(environ.get("ROUNDHOUSE_TRUSTED_PROXIES", "")),
         cors_origins=tuple(_split(environ.get("ROUNDHOUSE_CORS_ORIGINS", ""))),
         log_level=_log_level(environ.get("ROUNDHOUSE_LOG_LEVEL") or "INFO"),
         log_format=_log_format(environ.get("ROUNDHOUSE_LOG_FORMAT") or "line"),
         metrics_token=_metrics_token(environ.get("ROUNDHOUSE_METRICS_TOKEN") or ""),
+        currency=_currency(environ.get("ROUNDHOUSE_CURRENCY") or "USD"),
+        usage_days=_usage_days(environ.get("ROUNDHOUSE_USAGE_DAYS") or ""),
+        mail=_mail(environ.get("ROUNDHOUSE_MAIL_URL") or ""),
+        mail_from=_mail_from(environ.get("ROUNDHOUSE_MAIL_FROM") or "roundhouse@localhost"),
+        vllm_python=_interpreter("ROUNDHOUSE_VLLM_PYTHON", environ.get("ROUNDHOUSE_VLLM_PYTHON") or ""),
     )
 
 
@@ -140,6 +179,20 @@ def _allowed_hosts(text: str) -> tuple[str, ...]:
     return (*LOOPBACK_NAMES, *hosts)
 
 
+def _networks(text: str) -> tuple[Network, ...]:
+    try:
+        networks = tuple(ip_network(part) for part in _split(text))
+    except ValueError as error:
+        raise BadEnvironment(
+            f"ROUNDHOUSE_TRUSTED_PROXIES: {error}; list addresses or networks such as 10.1.2.3, 10.1.0.0/16."
+        ) from error
+    if any(network.prefixlen == 0 for network in networks):
+        raise BadEnvironment(
+            "ROUNDHOUSE_TRUSTED_PROXIES: a network of everybody would let any client name its own address."
+        )
+    return networks
+
+
 def _log_level(text: str) -> str:
     level = text.upper()
     if level not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
@@ -165,6 +218,62 @@ def _metrics_token(text: str) -> str:
             f"ROUNDHOUSE_METRICS_TOKEN: set at least {MIN_METRICS_TOKEN} random ASCII characters."
         )
     return text
+
+
+def _currency(text: str) -> str:
+    if len(text) != 3 or not text.isascii() or not text.isalpha():
+        raise BadEnvironment(f"ROUNDHOUSE_CURRENCY: {text!r}; set three letters such as EUR.")
+    return text.upper()
+
+
+def _usage_days(text: str) -> int | None:
+    if not text:
+        return None
+    if not text.isdecimal() or not MIN_USAGE_DAYS <= int(text) <= 36_500:
+        raise BadEnvironment(
+            f"ROUNDHOUSE_USAGE_DAYS: {text!r}; set at least {MIN_USAGE_DAYS}, or unset it to keep them all."
+        )
+    return int(text)
+
+
+def _mail(text: str) -> Mail | None:
+    if not text:
+        return None
+    # Never shown: there is a password in it.
+    refusal = "ROUNDHOUSE_MAIL_URL: write smtp://user:password@host:587 or smtps://user:password@host:465."
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as error:
+        raise BadEnvironment(refusal) from error
+    if parts.scheme not in {"smtp", "smtps"} or not parts.hostname:
+        raise BadEnvironment(refusal)
+    implicit = parts.scheme == "smtps"
+    user = unquote(parts.username or "")
+    return Mail(
+        host=parts.hostname,
+        port=port or (465 if implicit else 587 if user else 25),
+        user=user,
+        password=unquote(parts.password or ""),
+        implicit_tls=implicit,
+        # A password never goes out in the clear.
+        starttls=not implicit and bool(user),
+    )
+
+
+def _mail_from(text: str) -> str:
+    if "@" not in text or not text.isprintable():
+        raise BadEnvironment(f"ROUNDHOUSE_MAIL_FROM: {text!r} is no address.")
+    return text
+
+
+def _interpreter(name: str, text: str) -> Path | None:
+    if not text:
+        return None
+    path = Path(text)
+    if not path.is_absolute() or not path.is_file() or not os.access(path, os.X_OK):
+        raise BadEnvironment(f"{name}: {text!r} is no program; set the full path of a Python.")
+    return path
 
 
 def _secret_key(environ: Mapping[str, str], data: Path) -> str:

@@ -26,15 +26,20 @@ from django.urls import path, re_path
 from inference.fleet import fleet_routes
 from inference.http import (
     INTERNAL_ERROR,
+    BodyTooLarge,
+    ClientGone,
     Header,
     Message,
     Receive,
+    Request,
     Scope,
     Send,
     error_payload,
     new_request_id,
     request_id_now,
 )
+from inference.once import Once
+from openai_api import limits
 from openai_api.consumers import Answers, OfEngine, OpenApiDocument, TokenCheckUp, UnknownUrls
 from openai_api.endpoints import EMBEDDINGS, ENDPOINTS
 from openai_api.gateway import Gateway
@@ -46,6 +51,9 @@ logger = logging.getLogger("roundhouse.http")
 
 API = ("/v1/", "/v2/", "/fleet/", "/api/v1/", "/tokenize", "/detokenize", "/score")
 """Paths whose every answer is JSON for programs."""
+
+ANTHROPIC_URLS = "/v1/messages"
+"""What they begin with: Anthropic's clients speak there."""
 
 PROBES = ("/healthz", "/readyz", "/health")
 """Asked by address, by machines; they tell nothing worth protecting."""
@@ -68,7 +76,14 @@ API_HEADERS: dict[bytes, bytes] = {
     b"cache-control": b"no-store",
     b"openai-version": b"2020-10-01",
 }
-EXPOSED = b"x-request-id, openai-processing-ms, retry-after"
+EXPOSED = b", ".join(
+    [
+        *(b"x-request-id", b"request-id", b"openai-processing-ms", b"retry-after", b"x-should-retry"),
+        *(b"x-ratelimit-limit-requests", b"x-ratelimit-remaining-requests", b"x-ratelimit-reset-requests"),
+        *(b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens"),
+    ]
+)
+"""Headers of answers that pages of other origins may read."""
 HEADER_LIST = re.compile(rb"[A-Za-z0-9, _-]{1,2000}")
 
 
@@ -76,13 +91,29 @@ class DjangoPages:
     """Django, each page in a thread of its own that takes its database connection with it.
 
     Django's own handler would leave the connection to the garbage collector: the thread ends with the
-    request, so no later one finds it.
+    request, so no later one finds it. It would also write a body of any length to the disk before a view
+    could refuse it: none longer than a form is handed to it.
     """
 
     def __init__(self) -> None:
         self._django = get_asgi_application()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await Request(scope, receive).body(limits.FORM_BYTES)
+        except BodyTooLarge as error:
+            await _refuse(send, 413, str(error), scope["path"].startswith(API), "request_too_large")
+            return
+        except ClientGone:
+            return
+        read: list[Message] = [{"type": "http.request", "body": body}]
+
+        async def read_already() -> Message:
+            return read.pop() if read else await receive()
+
+        await self._handle(scope, read_already, send)
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with ThreadSensitiveContext():
             try:
                 await self._django(scope, receive, send)  # type: ignore[arg-type]
@@ -99,7 +130,7 @@ class Front:
     ) -> None:
         self.gateway = gateway
         self.chat = chat
-        self._starting: asyncio.Task[None] | None = None
+        self._start = Once(self._start_parts)
         self._allowed_hosts = list(allowed_hosts)
         self._hosts: dict[bytes, bool] = {}
         self._origins = frozenset(origin.encode() for origin in cors_origins)
@@ -128,6 +159,9 @@ class Front:
                 path("v1/openapi.json", OpenApiDocument.as_asgi()),
                 re_path(r"^v1/models(/.+)?\Z", django),
                 re_path(r"^v1/organization/usage/completions\Z", django),
+                re_path(r"^v1/organization/usage/embeddings\Z", django),
+                re_path(r"^v1/organization/costs\Z", django),
+                re_path(r"^api/v1/(projects|keys)(/[A-Za-z0-9_-]{1,60}){0,2}\Z", django),
                 re_path(r"^(v1|v2|fleet|api/v1|tokenize|detokenize|score)(/|\Z)", UnknownUrls.as_asgi()),
                 re_path(r"", django),
             ]
@@ -156,21 +190,8 @@ class Front:
         await receive()
         await self.chat.stop()
         await self.gateway.stop()
-        self._starting = None
+        self._start.forget()
         await send({"type": "lifespan.shutdown.complete"})
-
-    async def _start(self) -> None:
-        """Returns when all of it runs. May be called by many at once."""
-        if self._starting is None:
-            self._starting = asyncio.create_task(self._start_parts())
-        starting = self._starting
-        try:
-            await asyncio.shield(starting)
-        except Exception:
-            # The next one who asks tries again.
-            if self._starting is starting:
-                self._starting = None
-            raise
 
     async def _start_parts(self) -> None:
         await self.gateway.start()
@@ -210,7 +231,7 @@ class Front:
                     if header[0] not in present:
                         out.append(header)
                 out.append((b"x-request-id", request_id.encode()))
-                if url.startswith("/v1/messages"):
+                if url.startswith(ANTHROPIC_URLS):
                     # What Anthropic's clients read it from.
                     out.append((b"request-id", request_id.encode()))
                 if is_api:
@@ -269,10 +290,10 @@ def _preflight(headers: list[Header]) -> list[Header]:
     ]
 
 
-async def _refuse(send: Send, status: int, message: str, is_api: bool) -> None:
+async def _refuse(send: Send, status: int, message: str, is_api: bool, code: str | None = None) -> None:
     if is_api:
         kind = "server_error" if status >= 500 else "invalid_request_error"
-        body, content_type = msgspec.json.encode(error_payload(message, kind)), b"application/json"
+        body, content_type = msgspec.json.encode(error_payload(message, kind, code=code)), b"application/json"
     else:
         body, content_type = message.encode(), b"text/plain; charset=utf-8"
     await _send(send, status, body, [(b"content-type", content_type), (b"connection", b"close")])
@@ -286,7 +307,12 @@ async def _send(send: Send, status: int, body: bytes, headers: list[Header]) -> 
 
 def make_application(**changes: Any) -> Front:
     """An application with a gateway of its own; `changes` are for tests."""
-    gateway = Gateway(data=settings.ROUNDHOUSE_DATA, peppers=settings.ROUNDHOUSE_KEY_PEPPERS)
+    gateway = Gateway(
+        data=settings.ROUNDHOUSE_DATA,
+        peppers=settings.ROUNDHOUSE_KEY_PEPPERS,
+        proxies=settings.ROUNDHOUSE_TRUSTED_PROXIES,
+        redis_url=settings.ROUNDHOUSE_REDIS_URL,
+    )
     chat = Chat(gateway, settings.ROUNDHOUSE_REDIS_URL)
     options: dict[str, Any] = {
         "allowed_hosts": settings.ALLOWED_HOSTS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from http import HTTPStatus
 from typing import Any
@@ -11,9 +12,13 @@ import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import Server
 
-from inference.http import error_payload
+from config.front import ANTHROPIC_URLS, API_HEADERS
+from inference.http import error_payload, new_request_id, request_id_now
 from openai_api import limits
+from openai_api.messages.errors import told as in_anthropics_shape
 from webchat import bounds
+
+logger = logging.getLogger("roundhouse.http")
 
 WEBSOCKETS: dict[str, Any] = {
     "ws": "websockets-sansio",
@@ -34,6 +39,8 @@ class GatewayProtocol(HttpToolsProtocol):
     """One client connection. Timestamps are kept here, and judged by the server's sweep: a timer per
     request would cost each of them some microseconds."""
 
+    url = b""
+    """Of the present request, as far as it came."""
     _since = 0.0
     """When the present header, or body, began."""
     _in_header = True
@@ -49,6 +56,7 @@ class GatewayProtocol(HttpToolsProtocol):
             if self._since == 0.0:
                 # The first byte of the next request on a connection that was idle.
                 self._since = time.monotonic()
+                self.url = b""
             self._header_bytes += len(data)
             super().data_received(data)
             if self._in_header and self._header_bytes > limits.HEADER_BLOCK_BYTES:
@@ -98,13 +106,38 @@ class GatewayProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
-            body = msgspec.json.encode(error_payload(message, "invalid_request_error"))
-            head = (
-                f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
-                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            # The application has a request whose body is on its way, and knows it by this id.
+            told = self.scope.get("request_id") if self._in_body else None
+            request_id = str(told or new_request_id())
+            body = self._explained(message, request_id)
+            headers = {
+                **API_HEADERS,
+                b"content-type": b"application/json",
+                b"content-length": b"%d" % len(body),
+                b"x-request-id": request_id.encode(),
+                b"connection": b"close",
+            }
+            if self.url.startswith(ANTHROPIC_URLS.encode()):
+                headers[b"request-id"] = request_id.encode()
+            lines = [b"HTTP/1.1 %d %s" % (status, HTTPStatus(status).phrase.encode())]
+            lines += [b"%s: %s" % header for header in headers.items()]
+            self.transport.write(b"\r\n".join([*lines, b"", body]))
+            logger.info(
+                "a connection was refused: %s",
+                message,
+                extra={"event": "connection_refused", "request_id": request_id, "status": status},
             )
-            self.transport.write(head.encode() + body)
         self.transport.close()
+
+    def _explained(self, message: str, request_id: str) -> bytes:
+        kind = "invalid_request_error"
+        if not self.url.startswith(ANTHROPIC_URLS.encode()):
+            return msgspec.json.encode(error_payload(message, kind))
+        before = request_id_now.set(request_id)
+        try:
+            return msgspec.json.encode(in_anthropics_shape(message, kind))
+        finally:
+            request_id_now.reset(before)
 
 
 class GatewayServer(Server):

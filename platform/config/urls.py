@@ -12,6 +12,7 @@ urlpatterns = [
     path("admin/usage/", admin.site.admin_view(all_usage), name="admin_usage"),
     path("admin/", admin.site.urls),
     path("docs/", docs, name="api-docs"),
+    path("api/v1/", include("openai_api.management")),
     path("", include("registry.urls")),
     path("", include("openai_api.urls")),
     path("", include("webchat.urls")),

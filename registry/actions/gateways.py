@@ -10,6 +10,8 @@ from registry.models import Gateway
 from registry.querysets import database_now
 
 SILENT_GATEWAYS_KEPT = timedelta(hours=1)
+SILENT_AFTER = timedelta(seconds=5)
+"""Who has not been heard for so long counts as gone."""
 
 
 @transaction.atomic
@@ -33,3 +35,8 @@ def forget_silent_gateways() -> int:
     """Delete gateways that ended without a word long ago; returns how many."""
     deleted, _ = Gateway.objects.filter(seen_at__lt=database_now() - SILENT_GATEWAYS_KEPT).delete()
     return deleted
+
+
+def count_gateways() -> int:
+    """How many gateways are there now."""
+    return Gateway.objects.filter(seen_at__gte=database_now() - SILENT_AFTER).count()

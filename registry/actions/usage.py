@@ -1,4 +1,4 @@
-"""The ledger's one way in."""
+"""The ledger's one way in. What an event costs, and which budgets it uses up, is settled with it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,57 @@ from collections.abc import Sequence
 
 from django.db import transaction
 
+from registry.actions.budgets import open_holds, settle, within_holds
 from registry.actions.rollups import hour_of, mark_stale
-from registry.models import UsageEvent
+from registry.costs import PriceBook, cost_micros
+from registry.models import Price, UsageEvent
+from registry.states import Outcome
+
+MORE_THAN_HELD = "used more than it could"
+"""A flag: more than its prompt and what it asked for allow, as a worker that miscounts reports it."""
 
 
 @transaction.atomic
 def record_usage(events: Sequence[UsageEvent]) -> None:
-    """Append events. An event whose request id is in the ledger already is left as it stands there:
-    a batch may be brought twice (the sender died after the commit), and counts once.
+    """Append events, charge them, and settle them with the budgets, all in one transaction. An event whose
+    request id is in the ledger already is left as it stands there: a batch may be brought twice (the sender
+    died after the commit), and counts once.
 
     An event may come long after its hour: it marks that hour stale, so that it is added up again.
     """
-    UsageEvent.objects.bulk_create(
-        events,
-        batch_size=200,
-        # Not `ignore_conflicts`: SQLite would then also swallow an event that breaks a check.
-        update_conflicts=True,
-        unique_fields=["request_id"],
-        update_fields=["request_id"],
-    )
+    # First of all, for it locks the hours until the end: whoever brings the same events in this moment waits
+    # here, and finds them in the ledger afterwards. So "new" below is certain, and settled once.
     mark_stale(hour_of(event.started_at) for event in events)
+    unique = {event.request_id: event for event in reversed(events)}
+    known = set(UsageEvent.objects.filter(request_id__in=unique).values_list("request_id", flat=True))
+    new = [event for event in reversed(unique.values()) if event.request_id not in known]
+    if not new:
+        return
+    holds = open_holds(event.request_id for event in new)
+    book = PriceBook({event.route for event in new})
+    for event in new:
+        if event.corrects:
+            continue
+        held = holds.get(event.request_id, ())
+        # The price at admission, where there was one: what was set aside is then enough.
+        price = book.by_id(held[0].price_id) if held else book.in_force(event.route, event.started_at)
+        event.cost_micros, event.price_id = charge(event, price)
+        if not within_holds(event, held):
+            event.flagged = event.flagged or MORE_THAN_HELD
+    # Not `ignore_conflicts`: SQLite would then also swallow an event that breaks a check.
+    UsageEvent.objects.bulk_create(new, batch_size=200)
+    settle(new, holds)
+
+
+def charge(event: UsageEvent, price: Price | None) -> tuple[int, int | None]:
+    """What an event costs by a price, and the number of the price. What was not answered costs nothing."""
+    if price is None or event.outcome == Outcome.FAILED:
+        return 0, None
+    cost = cost_micros(
+        price,
+        prompt_tokens=event.prompt_tokens,
+        cached_tokens=event.cached_tokens,
+        completion_tokens=event.completion_tokens,
+        milliseconds=max(0, (event.duration_ms or 0) - (event.queue_ms or 0)),
+    )
+    return cost, price.pk

@@ -5,7 +5,16 @@ All writes go through `registry.actions`, so that gateways and the timeline hear
 
 from django.contrib import admin
 
-from registry.admin import access, language_models, nodes, records, routes  # noqa: F401 (they register)
+from registry.admin import (  # noqa: F401 (they register)
+    access,
+    budgets,
+    language_models,
+    limits,
+    nodes,
+    prices,
+    records,
+    routes,
+)
 
 admin.site.site_header = "Roundhouse"
 admin.site.site_title = "Roundhouse"

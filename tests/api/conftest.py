@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -198,6 +199,17 @@ def _complete(received: bytes) -> bool:
 
 
 @contextlib.contextmanager
+def quick_to_end() -> Iterator[None]:
+    """uvicorn looks ten times a second whether it is to end, and each of many tests waits for that."""
+    hasty = ModuleType("asyncio")
+    vars(hasty).update(vars(asyncio))
+    vars(hasty)["sleep"] = lambda seconds: asyncio.sleep(seconds / 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uvicorn.server, "asyncio", hasty)
+        yield
+
+
+@contextlib.contextmanager
 def serving(front: Front) -> Iterator[int]:
     """The application under the gateway's own server, in a thread of its own."""
     listener = socket.create_server(("127.0.0.1", 0))
@@ -210,12 +222,13 @@ def serving(front: Front) -> Iterator[int]:
         lifespan="on",
         log_config=None,
         access_log=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=5,
     )
     server = GatewayServer(config)
 
     def run() -> None:
-        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner, quick_to_end():
             runner.run(server.serve(sockets=[listener]))
 
     thread = threading.Thread(target=run, name="gateway")

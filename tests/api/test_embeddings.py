@@ -102,7 +102,7 @@ def embedding(
     request: pytest.FixtureRequest, letters: tuple[Letters, str], transactional_db: None
 ) -> Iterator[Served]:
     deployment = make_deployment(route=ROUTE)
-    capabilities = ["endpoint:embeddings", "endpoint:rerank", *request.param]
+    capabilities = ["endpoint:embeddings", "endpoint:rerank", "max_tokens_per_doc", *request.param]
     make_worker(deployment=deployment, id=7002, url=letters[1], capabilities=capabilities)
     publish_change("route", ROUTE)
     front = make_application()
@@ -222,8 +222,9 @@ def test_a_ranking_is_passed_on_and_accounted(embedding: Served, counter: Letter
     assert (event.endpoint, event.prompt_tokens, event.completion_tokens) == ("/v1/rerank", 4, 0)
 
 
-def test_coheres_ranking_has_coheres_shape(embedding: Served) -> None:
+def test_coheres_ranking_has_coheres_shape(embedding: Served, counter: Letters) -> None:
     answer = ask(embedding, "/v2/rerank", query="steam", documents=["bob", "steam"], max_tokens_per_doc=9)
+    assert counter.asked[0]["max_tokens_per_doc"] == 9
     assert answer.headers["content-type"] == "application/json"
     assert answer.json() == {
         "id": "rank-1",

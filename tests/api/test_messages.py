@@ -188,12 +188,23 @@ def test_the_bytes_of_a_stream(served: Served) -> None:
     assert set(names[2:-3]) == {"content_block_delta"}
     assert names[-3:] == ["content_block_stop", "message_delta", "message_stop"]
     start = events[0][1]["message"]
+    # What our engines tell with their first token.
+    assert start["usage"]["input_tokens"] == events[-2][1]["usage"]["input_tokens"] == 2
     assert start["id"] == f"msg_{answer.headers['request-id'].removeprefix('req_')}"
     assert (start["content"], start["stop_reason"]) == ([], None)
     assert events[1][1]["content_block"] == {"type": "text", "text": ""}
     assert all(payload["index"] == 0 for name, payload in events if name.startswith("content_block"))
     assert events[-2][1]["delta"] == {"stop_reason": "max_tokens", "stop_sequence": None}
     assert events[-2][1]["usage"]["output_tokens"] == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_stop_sequence_that_ended_an_answer_is_told(served: Served, stream: bool) -> None:
+    text = ask(served).json()["content"][0]["text"]
+    last = text.split()[-1]
+    answer = ask(served, stop_sequences=["qqq", last], stream=stream)
+    found = events_of(answer)[-2][1]["delta"] if stream else answer.json()
+    assert (found["stop_reason"], found["stop_sequence"]) == ("stop_sequence", last)
 
 
 # -- what the engine is asked

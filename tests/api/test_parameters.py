@@ -9,7 +9,7 @@ import pytest
 
 from registry.actions.events import publish_change
 from registry.models import UsageEvent
-from tests.api.conftest import FIELDS, Served, say
+from tests.api.conftest import FIELDS, ROUTE, Served, say
 from tests.factories import make_deployment, make_worker
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -38,7 +38,8 @@ def plain(facts: str) -> None:
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"tools": [TOOL]}, "tools"),
         ({"structured_outputs": {"json": {}}}, "structured_outputs"),
-        ({"guided_json": {}}, "structured_outputs"),
+        ({"guided_json": {}}, "guided_json"),
+        ({"guided_regex": "a+"}, "guided_regex"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"include_reasoning": False}, "include_reasoning"),
         ({"return_token_ids": True}, "return_token_ids"),
@@ -54,6 +55,30 @@ def test_what_no_engine_of_the_model_honours_is_refused_by_name(
     answer = served.chat(say("hi") | {"model": PLAIN, **fields})
     error = answer.error()
     assert (answer.status, error["code"], error["param"]) == (400, "unsupported_value", param)
+    assert not UsageEvent.objects.exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"structured_outputs": {"regex": "a+"}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"grammar": "root ::= 'a'"}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+        ({"guided_regex": "a+"}, "guided_regex"),
+        ({"guided_grammar": "root ::= 'a'"}, "guided_grammar"),
+    ],
+)
+def test_a_kind_of_form_that_the_engine_lacks_is_refused_before_it_is_asked(
+    served: Served, fields: dict[str, Any], param: str
+) -> None:
+    for path, body in (
+        ("/v1/chat/completions", say("hi", **fields)),
+        ("/v1/completions", {"model": ROUTE, "prompt": "hi", **fields}),
+    ):
+        answer = served.request("POST", path, json.dumps(body).encode())
+        error = answer.error()
+        assert (answer.status, error["code"], error["param"]) == (400, "unsupported_value", param)
+        assert f"'{param}'" in error["message"]
     assert not UsageEvent.objects.exists()
 
 

@@ -389,6 +389,24 @@ async def test_thoughts_are_an_item_of_their_own(served: Served) -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "instead"),
+    [
+        ({"background": True}, "'stream'"),
+        ({"conversation": "conv_1"}, "'previous_response_id'"),
+        ({"prompt": {"id": "pmpt_1"}}, "'instructions'"),
+    ],
+)
+def test_what_is_refused_says_what_to_do_instead(
+    served: Served, fields: dict[str, Any], instead: str
+) -> None:
+    answer = served.request(
+        "POST", "/v1/responses", json.dumps({"model": ROUTE, "input": "hi", **fields}).encode()
+    )
+    assert (answer.status, answer.error()["code"]) == (400, "unsupported_value")
+    assert instead in answer.error()["message"]
+
+
+@pytest.mark.parametrize(
     ("fields", "code", "param"),
     [
         ({}, "missing_required_parameter", "input"),

@@ -67,8 +67,7 @@ def test_a_chat(served: Served) -> None:
     answer = served.chat(say("!tokens 3", stream=True))
     chunks = chunks_of(unchunked(answer.body))
     first, *texts, last = [chunk["choices"][0] for chunk in chunks]
-    assert first["delta"]["role"] == "assistant"
-    assert first["delta"]["content"] == ""
+    assert list(first["delta"].items()) == [("role", "assistant"), ("content", ""), ("refusal", None)]
     assert [set(choice["delta"]) for choice in texts] == [{"content"}] * 3
     assert last["delta"] == {}
     assert [choice["finish_reason"] for choice in (first, *texts, last)] == [None] * 4 + ["stop"]

@@ -60,6 +60,20 @@ def test_a_conversation_as_tokens(counting: Served, told: Scripted) -> None:
     assert told.asked == [("/tokenize", wanted)]
 
 
+def test_what_the_template_is_told_where_the_engine_tells_it(told: Scripted, transactional_db: None) -> None:
+    able = ("endpoint:tokenize", "continue_final_message", "chat_template_kwargs")
+    talk = [*TALK, {"role": "assistant", "content": "The answer is"}]
+    with in_front_of(told, *able, worker_id=7203) as served:
+        values = {"mood": "glad", "level": 2}
+        fields = {"messages": talk, "continue_final_message": True, "chat_template_kwargs": values}
+        assert ask(served, "/tokenize", **fields).status == 200
+        # vLLM would begin an answer unless told otherwise, and refuse both.
+        wanted = {"model": ROUTE, **fields, "add_generation_prompt": False}
+        assert told.asked == [("/tokenize", wanted)]
+        both = ask(served, "/tokenize", **fields, add_generation_prompt=True)
+        assert (both.status, both.error()["param"]) == (400, "continue_final_message")
+
+
 @pytest.mark.parametrize("path", ["/detokenize", "/v1/detokenize"])
 def test_tokens_as_text(counting: Served, told: Scripted, path: str) -> None:
     told.answer = {"prompt": "A b"}

@@ -1,4 +1,4 @@
-"""GET /v1/organization/usage/completions, as OpenAI's scripts ask it."""
+"""GET /v1/organization/usage/{completions,embeddings} and /costs, as OpenAI's scripts ask them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from registry.actions.rollups import HOUR, roll_up
 from registry.actions.usage import record_usage
-from registry.models import ApiKey, UsageEvent
+from registry.models import ApiKey, Price, UsageEvent
 from tests.api.conftest import Served, eventually, say
 from tests.usage import make_event, make_traffic, sums
 
@@ -24,8 +24,8 @@ def seconds(instant: datetime) -> int:
     return int(instant.timestamp())
 
 
-def ask(served: Served, **words: Any) -> Any:
-    answer = served.request("GET", f"{PATH}?{urlencode(words, doseq=True)}")
+def ask(served: Served, path: str = PATH, **words: Any) -> Any:
+    answer = served.request("GET", f"{path}?{urlencode(words, doseq=True)}")
     assert answer.status == 200, answer.body
     return answer.json()
 
@@ -42,13 +42,18 @@ def of_project(served: Served) -> dict[str, Any]:
 
 def test_the_api_says_what_the_ledger_says_page_by_page(served: Served) -> None:
     keys = [("aaa", "alpha"), ("user-7", "paula")]
-    make_traffic(start=START, end=START + timedelta(days=3), events=200, keys=keys)
     project = of_project(served)
-    UsageEvent.objects.update(**project)
+    make_traffic(
+        start=START,
+        end=START + timedelta(days=3),
+        events=200,
+        keys=keys,
+        projects=[(project["project_id"], project["project_name"])],
+    )
     foreign = make_event(started_at=START, project_id=project["project_id"] + 1, prompt_tokens=10**6)
     record_usage([foreign])
     roll_up(until=START + timedelta(days=1, hours=12))
-    mine = UsageEvent.objects.filter(project_id=project["project_id"])
+    mine = UsageEvent.objects.filter(project_id=project["project_id"]).exclude(endpoint="/v1/embeddings")
     expected = sums(mine)
 
     words = {
@@ -130,6 +135,96 @@ def test_a_days_result_has_openais_shape(served: Served) -> None:
         "has_more": False,
         "next_page": None,
     }
+
+
+def test_embeddings_are_told_by_themselves_in_openais_shape(served: Served) -> None:
+    facts = of_project(served)
+    record_usage(
+        [
+            make_event(**facts, started_at=START, endpoint="/v1/embeddings", prompt_tokens=99, route="e5"),
+            make_event(**facts, started_at=START, prompt_tokens=7),
+        ]
+    )
+    words = {"start_time": seconds(START), "end_time": seconds(START + timedelta(days=1))}
+    page = ask(served, "/v1/organization/usage/embeddings", **words, group_by="model")
+    assert results(page) == [
+        {
+            "object": "organization.usage.embeddings.result",
+            "input_tokens": 99,
+            "num_model_requests": 1,
+            "project_id": None,
+            "user_id": None,
+            "api_key_id": None,
+            "model": "e5",
+        }
+    ]
+
+
+def test_costs_are_told_by_the_day_page_by_page(served: Served) -> None:
+    Price.objects.create(starts_at=START - timedelta(days=1), input_micros=2_000_000)
+    facts = of_project(served)
+    events = [
+        make_event(
+            **facts,
+            started_at=START + timedelta(days=day),
+            prompt_tokens=10**5,
+            route=route,
+            endpoint=endpoint,
+        )
+        for day in range(3)
+        for route, endpoint in (("small", "/v1/chat/completions"), ("e5", "/v1/embeddings"))
+    ]
+    foreign = make_event(started_at=START, project_id=facts["project_id"] + 1, prompt_tokens=10**6)
+    record_usage([*events, foreign])
+    path = "/v1/organization/costs"
+    words = {"start_time": seconds(START), "end_time": seconds(START + timedelta(days=3))}
+    page = ask(served, path, **words, limit=2)
+    assert page["has_more"]
+    last = ask(served, path, **words, limit=2, page=page["next_page"])
+    assert not last["has_more"]
+    told = {
+        "object": "organization.costs.result",
+        "amount": {"value": 0.4, "currency": "usd"},
+        "line_item": None,
+        "project_id": None,
+        "api_key_id": None,
+    }
+    assert results(page) + results(last) == [told] * 3
+    split = results(ask(served, path, **words, group_by="line_item"))
+    assert [(result["line_item"], result["amount"]["value"]) for result in split] == (
+        [("e5", 0.2), ("small", 0.2)] * 3
+    )
+    # A correction has no tokens, only a cost.
+    record_usage(
+        [
+            make_event(
+                **facts,
+                started_at=START,
+                request_id=f"{events[0].request_id}#r1",
+                corrects=events[0].request_id,
+                cost_micros=-100_000,
+            )
+        ]
+    )
+    roll_up(until=START + timedelta(days=2))
+    amounts = [result["amount"]["value"] for result in results(ask(served, path, **words))]
+    assert amounts == [0.3, 0.4, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("path", "words", "param"),
+    [
+        ("/v1/organization/costs", {"bucket_width": "1h"}, "bucket_width"),
+        ("/v1/organization/costs", {"group_by": "model"}, "group_by"),
+        ("/v1/organization/costs", {"limit": 181}, "limit"),
+        ("/v1/organization/usage/embeddings", {"group_by": "batch"}, "group_by"),
+        (PATH, {"group_by": "line_item"}, "group_by"),
+    ],
+)
+def test_each_of_them_has_its_own_words(served: Served, path: str, words: dict[str, Any], param: str) -> None:
+    answer = served.request("GET", f"{path}?{urlencode({'start_time': 100} | words)}")
+    assert answer.status == 400
+    assert answer.error()["param"] == param
 
 
 def test_what_was_just_asked_is_counted_as_the_client_was_told(served: Served) -> None:

@@ -96,8 +96,10 @@ def test_the_report_is_drawn_without_breaking_the_policy(
 ) -> None:
     with browsing(port, cookie, **context) as (page, problems):
         page.goto(f"http://127.0.0.1:{port}/admin/usage/")
-        page.wait_for_selector("#requests canvas")
+        page.wait_for_selector("#models canvas")
         assert page.locator(".tiles dd").first.inner_text() == "900"
+        assert "search service" in page.inner_text("main")
+        assert "Tokens per second" in page.inner_text("main")
         wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide == 0, "nothing makes the page wider than the screen"
         # Something other than the background was drawn.
@@ -109,6 +111,11 @@ def test_the_report_is_drawn_without_breaking_the_policy(
         shot = page.screenshot(path=tmp_path / f"usage-{name}.png")
         if name == "light" and not IMAGE.exists():
             IMAGE.write_bytes(shot)
+        page.click(".stamp >> text=Single requests")
+        page.wait_for_selector("text=Older")
+        wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert wide == 0, "nothing makes the list wider than the screen"
+        page.screenshot(path=tmp_path / f"requests-{name}.png")
         page.goto(f"http://127.0.0.1:{port}/admin/")
         page.click("text=Usage report")
         page.wait_for_selector("#requests canvas")

@@ -24,10 +24,9 @@ class TestChat(ChatModelIntegrationTests):
     def model_override_value(self) -> str:
         return os.environ["OTHER_CHAT_MODEL"]
 
-    # What the engine behind this suite does not announce.
-    has_tool_calling = False
-    has_tool_choice = False
-    has_structured_output = False
+    @property
+    def supports_json_mode(self) -> bool:
+        return True
 
 
 class TestEmbeddings(EmbeddingsIntegrationTests):

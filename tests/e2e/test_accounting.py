@@ -30,11 +30,19 @@ class Seen:
     refused: bool = False
 
 
-async def ask(client: openai.AsyncOpenAI, number: int, aborted: bool) -> Seen:
-    seen = Seen()
+async def ask(
+    client: openai.AsyncOpenAI,
+    number: int,
+    aborted: bool,
+    *,
+    model: str = "counted",
+    seen: Seen | None = None,
+) -> Seen:
+    """Ask once; what is seen stands in `seen` as soon as it is."""
+    seen = seen or Seen()
     tokens = random.Random(number).randint(1, 40)
     question = {
-        "model": "counted",
+        "model": model,
         "messages": [{"role": "user", "content": f"!tokens {tokens} question number {number}"}],
     }
     try:

@@ -1,4 +1,5 @@
-"""One traffic, five books: the clients' own count, the report page, CSV, the usage API and /metrics."""
+"""One traffic, six books: the clients' own count, the report page, CSV, the usage API, the command and
+/metrics."""
 
 from __future__ import annotations
 
@@ -22,13 +23,31 @@ pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.timeout(600)]
 MODEL = "agreed"
 REQUESTS = 40
 
+INPUT, OUTPUT, REQUEST = 2, 5, 100
+"""Millionths of the currency: of a token in, a token out, and a request."""
+
 Figures = tuple[int, int, int]
 """Requests, tokens in, tokens out."""
+
+
+def cost_of(roundhouse: Roundhouse, figures: Figures) -> int:
+    """What these figures cost. Readiness checks that came too early are requests, and cost nothing."""
+    (unanswered,) = roundhouse.rows(
+        "SELECT count(*) FROM registry_usageevent WHERE route = %s AND outcome = 'failed'", MODEL
+    )[0]
+    requests, prompt, completion = figures
+    return prompt * INPUT + completion * OUTPUT + (requests - unanswered) * REQUEST
 
 
 @pytest.fixture(scope="module")
 def counted(roundhouse: Roundhouse) -> Figures:
     """What the clients counted themselves."""
+    price = {"input_micros": INPUT * 10**6, "output_micros": OUTPUT * 10**6, "request_micros": REQUEST}
+    roundhouse.manage(
+        "shell",
+        "-c",
+        f"from registry.models import Price; Price.objects.create(route={MODEL!r}, **{price!r})",
+    )
     roundhouse.deploy_simulated(MODEL)
     before = ledger(roundhouse)
     seen = asyncio.run(traffic(roundhouse))
@@ -96,9 +115,21 @@ def test_the_report_says_what_the_clients_counted(roundhouse, operator, counted)
     url = f"{roundhouse.credentials['admin_url']}usage/?model={MODEL}&format="
     totals = json.load(operator.open(url + "json"))["totals"]
     assert (totals["requests"], totals["input_tokens"], totals["output_tokens"]) == counted
+    assert totals["cost_micros"] == cost_of(roundhouse, counted)
     rows = list(csv.DictReader(io.StringIO(operator.open(url + "csv").read().decode())))
     sums = [sum(int(row[name]) for row in rows) for name in ("requests", "input_tokens", "output_tokens")]
     assert tuple(sums) == counted
+    assert sum(int(row["cost_micros"]) for row in rows) == cost_of(roundhouse, counted)
+    single = list(csv.DictReader(io.StringIO(operator.open(f"{url}csv&view=requests").read().decode())))
+    assert len(single) == counted[0]
+    assert sum(int(row["cost_micros"]) for row in single) == cost_of(roundhouse, counted)
+
+
+def test_the_command_says_what_the_clients_counted(roundhouse, counted):
+    told = roundhouse.manage("usage", "report", f"--route={MODEL}", "--by=key,route", "--format=json").stdout
+    totals = json.loads(told)["totals"]
+    assert (totals["requests"], totals["input_tokens"], totals["output_tokens"]) == counted
+    assert totals["cost_micros"] == cost_of(roundhouse, counted)
 
 
 def test_the_usage_api_says_what_the_clients_counted(roundhouse, counted):
@@ -114,6 +145,11 @@ def test_the_usage_api_says_what_the_clients_counted(roundhouse, counted):
         for name in ("num_model_requests", "input_tokens", "output_tokens")
     ]
     assert tuple(sums) == counted
+    costs = api_results(
+        f"{facts['base_url']}/organization/costs?start_time={yesterday}&group_by=line_item", facts["api_key"]
+    )
+    amounts = [result["amount"]["value"] for result in costs if result["line_item"] == MODEL]
+    assert round(sum(amounts) * 1_000_000) == cost_of(roundhouse, counted)
 
 
 def api_results(url: str, key: str) -> list[dict[str, Any]]:

@@ -106,7 +106,7 @@ def test_a_copied_model_stays_when_the_disk_goes(roundhouse: Roundhouse, tmp_pat
 def redis_with_a_password(folder: Path) -> Iterator[str]:
     binary = shutil.which("redis-server")
     if binary is None:
-        pytest.skip("no redis-server is installed")
+        services.missing("no redis-server is installed")
     port = free_port()
     server = subprocess.Popen(
         [binary, "--port", str(port), "--bind", "127.0.0.1", "--requirepass", "PASSWORD", "--save", ""],

@@ -7,11 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from inference.engines.base import BadRequest, Delta, GenerationRequest, Sampling
+from inference.engines.base import BadRequest, Delta, GenerationRequest, Sampling, Template
+from inference.engines.tokenize import tokenize
 from tests.engines.test_transformers_engine import deltas, folder, serving, smollm2
+from tests.engines.tiny_model import CHAT_TEMPLATE, START
 
 __all__ = ["folder", "smollm2"]  # fixtures
 
@@ -120,7 +123,9 @@ async def test_tokens_are_the_tokenizers_and_give_the_text_back(folder: Path) ->
     async with serving(folder) as engine:
         text = await engine.tokenize(PROMPTS[0], special_tokens=False)
         chat = await engine.tokenize(messages, special_tokens=False)
-        closed = await engine.tokenize(messages, special_tokens=False, generation_prompt=False)
+        closed = await engine.tokenize(
+            messages, special_tokens=False, template=Template(generation_prompt=False)
+        )
         assert await engine.detokenize([token for token, _ in text]) == PROMPTS[0]
         with pytest.raises(BadRequest) as refused:
             await engine.detokenize([10**6])
@@ -131,3 +136,43 @@ async def test_tokens_are_the_tokenizers_and_give_the_text_back(folder: Path) ->
     assert chat[: len(closed)] == closed
     assert len(closed) < len(chat)
     assert refused.value.param == "tokens"
+
+
+async def test_a_template_is_told_what_the_request_says_of_it(folder: Path) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    begun = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "The answer is"}]
+    mood = "{% if mood %}{{ mood + '\n' }}{% endif %}" + CHAT_TEMPLATE
+    async with serving(folder, template=mood) as engine:
+
+        async def tokens(**fields: Any) -> list[int]:
+            asked = {"messages": begun, **fields}
+            answer: dict[str, Any] = msgspec.json.decode(await tokenize(engine, msgspec.json.encode(asked)))
+            return answer["tokens"]  # type: ignore[no-any-return]
+
+        assert {"continue_final_message", "chat_template_kwargs"} <= engine.capabilities
+        plain = await tokens()
+        open_ = await tokens(continue_final_message=True)
+        told = await tokens(chat_template_kwargs={"mood": "glad", "unknown": 1})
+        hostile = await tokens(chat_template_kwargs={"mood": START})
+        for fields, param in (
+            ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+            ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs"),
+            ({"chat_template_kwargs": {"sanitize_control_tokens": False}}, "chat_template_kwargs"),
+        ):
+            with pytest.raises(BadRequest) as refused:
+                await tokens(**fields)
+            assert refused.value.param == param
+        asked = GenerationRequest(
+            request_id="r",
+            messages=begun,
+            template=Template(continued=True, generation_prompt=False),
+            sampling=Sampling(max_tokens=3, temperature=0.0),
+        )
+        counted = {delta.prompt_tokens for delta in await deltas(engine, asked)}
+    assert tokenizer.decode(open_).endswith("assistant\nThe answer is")
+    assert plain[: len(open_)] == open_
+    assert counted == {len(open_)}
+    assert tokenizer.decode(told) == "glad\n" + tokenizer.decode(plain)
+    # Spelled out in a value, a control token is text.
+    start = tokenizer.convert_tokens_to_ids(START)
+    assert hostile.count(start) == plain.count(start)

@@ -29,7 +29,7 @@ from inference.protocol import Cause, Progress
 from tests.engines.tiny_bert import CONTEXT, make_tiny_encoder, make_tiny_reranker, write
 from tests.engines.tiny_model import make_tiny_llama
 
-COMPARING = {"endpoint:rerank", "endpoint:score", "endpoint:tokenize"}
+COMPARING = {"endpoint:rerank", "endpoint:score", "endpoint:tokenize", "max_tokens_per_doc"}
 TEXTS = ["king", "a queen and her tractor", "b2", "the roundhouse keeps the engines 42", "z"]
 
 
@@ -357,6 +357,37 @@ async def test_a_cross_encoder_ranks_by_its_own_score(reranker: Path) -> None:
     assert "truncated" not in by_index[0]
     expected = reference.predict([(long, "b"), (long, long)]).tolist()
     assert [by_index[at]["relevance_score"] for at in range(2)] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["plain", "reranker"])
+async def test_documents_are_cut_to_the_tokens_that_were_asked_for(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    long = "the roundhouse keeps the engines 42"
+    async with asking(request.getfixturevalue(kind)) as client:
+
+        async def ranked(*documents: str, **fields: Any) -> dict[int, Any]:
+            body = {"query": "a king", "documents": documents, **fields}
+            answer = (await client.post("/v1/rerank", json=body)).json()
+            return {result["index"]: result for result in answer["results"]}
+
+        tokens = (await client.post("/tokenize", json={"prompt": long, "add_special_tokens": False})).json()
+        cut = await ranked(long, "b", max_tokens_per_doc=3)
+        beyond = await ranked(long, "b", max_tokens_per_doc=tokens["count"])
+        whole = await ranked(long, "b")
+        begins = (await client.post("/detokenize", json={"tokens": tokens["tokens"][:3]})).json()["prompt"]
+        beginning = long[: len(begins)]
+        alone = await ranked(beginning, "b")
+        error = await refused(
+            client, "/v1/rerank", {"query": "a", "documents": ["b"], "max_tokens_per_doc": 0}
+        )
+    assert tokens["count"] > 3
+    assert cut[0]["truncated"] is True
+    assert "truncated" not in cut[1]
+    assert cut[0]["relevance_score"] == pytest.approx(alone[0]["relevance_score"], abs=1e-5)
+    assert cut[0]["relevance_score"] != pytest.approx(whole[0]["relevance_score"], abs=1e-5)
+    assert beyond == whole
+    assert error["param"] == "max_tokens_per_doc"
 
 
 def test_the_longer_of_a_pair_is_cut_first() -> None:

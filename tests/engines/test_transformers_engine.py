@@ -225,7 +225,7 @@ async def test_a_stop_string_ends_the_answer_before_it_wherever_tokens_end(
     stop = whole[20 : 20 + size]
     answered = await deltas(engine, ask("stop here", max_tokens=60, stop=("never this", stop), **GREEDY))
     assert "".join(delta.text for delta in answered) == whole[: whole.index(stop)]
-    assert answered[-1].finish_reason == "stop"
+    assert (answered[-1].finish_reason, answered[-1].stop) == ("stop", stop)
     assert answered[-1].completion_tokens < 60
     await until(lambda: engine.load_report().running == 0, 1.0)
 

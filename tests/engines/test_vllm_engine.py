@@ -49,7 +49,7 @@ ARGUMENTS = {
     "tool_call_parser": "hermes",
 }
 START_SECONDS = 300
-FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+JAPAN = [{"role": "user", "content": "What is the capital of Japan?"}]
 WEATHER = {
     "type": "function",
     "function": {
@@ -153,7 +153,7 @@ def post(served: Served, path: str, **fields: Any) -> Any:
 
 
 def chat(served: Served, **fields: Any) -> Any:
-    return post(served, "/v1/chat/completions", **{"messages": FRANCE, "temperature": 0} | fields)
+    return post(served, "/v1/chat/completions", **{"messages": JAPAN, "temperature": 0} | fields)
 
 
 def stream(served: Served, path: str = "/v1/chat/completions", **fields: Any) -> list[dict[str, Any]]:
@@ -174,7 +174,7 @@ def test_a_chat_is_answered_in_our_words(served: Served) -> None:
     [choice] = answer["choices"]
     assert set(choice) == CHOICE
     assert set(choice["message"]) == MESSAGE
-    assert "Paris" in choice["message"]["content"]
+    assert "Tokyo" in choice["message"]["content"]
     assert choice["finish_reason"] == "stop"
     assert set(answer["usage"]) == USAGE
     assert answer["usage"]["prompt_tokens"] == 37
@@ -182,13 +182,13 @@ def test_a_chat_is_answered_in_our_words(served: Served) -> None:
 
 def test_a_streamed_chat_is_counted_and_tells_its_usage_last(served: Served) -> None:
     chunks = stream(
-        served, messages=FRANCE, temperature=0, max_tokens=20, stream_options={"include_usage": True}
+        served, messages=JAPAN, temperature=0, max_tokens=20, stream_options={"include_usage": True}
     )
     *parts, last = chunks
     assert all(set(part) == {*CHUNK, "usage"} and part["usage"] is None for part in parts)
     assert parts[0]["choices"][0]["delta"]["role"] == "assistant"
     assert all("role" not in part["choices"][0]["delta"] for part in parts[1:])
-    assert "Paris" in "".join(part["choices"][0]["delta"].get("content", "") for part in parts)
+    assert "Tokyo" in "".join(part["choices"][0]["delta"].get("content", "") for part in parts)
     assert [part["choices"][0]["finish_reason"] for part in parts][-1] == "stop"
     assert last["choices"] == []
     assert set(last["usage"]) == USAGE
@@ -199,7 +199,7 @@ def test_a_streamed_chat_is_counted_and_tells_its_usage_last(served: Served) -> 
 async def test_the_official_client_reads_it(served: Served) -> None:
     async with served.client() as client:
         answers = await client.chat.completions.create(
-            model=ROUTE, messages=FRANCE, n=3, max_tokens=8, logprobs=True, top_logprobs=2
+            model=ROUTE, messages=JAPAN, n=3, max_tokens=4, logprobs=True, top_logprobs=2
         )
         assert [choice.index for choice in answers.choices] == [0, 1, 2]
         for choice in answers.choices:
@@ -208,13 +208,13 @@ async def test_the_official_client_reads_it(served: Served) -> None:
             assert "".join(token.token for token in choice.logprobs.content) == choice.message.content
             assert all(len(token.top_logprobs) == 2 for token in choice.logprobs.content)
         with pytest.raises(openai.BadRequestError) as refused:
-            await client.chat.completions.create(model=ROUTE, messages=FRANCE, max_tokens=99999)
+            await client.chat.completions.create(model=ROUTE, messages=JAPAN, max_tokens=99999)
         assert refused.value.code is None or isinstance(refused.value.code, str)
 
 
 def test_choices_of_a_stream_are_counted_together(served: Served) -> None:
     chunks = stream(
-        served, messages=FRANCE, n=2, max_tokens=4, ignore_eos=True, stream_options={"include_usage": True}
+        served, messages=JAPAN, n=2, max_tokens=4, ignore_eos=True, stream_options={"include_usage": True}
     )
     assert chunks[-1]["usage"]["completion_tokens"] == 8
     ends = [choice for chunk in chunks for choice in chunk["choices"] if choice["finish_reason"]]
@@ -237,7 +237,7 @@ def test_a_tool_that_must_be_called_is(served: Served, tool_choice: Any, reason:
 
 def test_a_streamed_tool_call_begins_once(served: Served) -> None:
     chunks = stream(
-        served, messages=FRANCE, temperature=0, tools=[WEATHER], tool_choice="required", max_tokens=100
+        served, messages=JAPAN, temperature=0, tools=[WEATHER], tool_choice="required", max_tokens=100
     )
     calls = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", ())]
     first, *others = calls

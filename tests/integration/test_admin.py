@@ -17,13 +17,16 @@ from inference.reconcile import reconcile
 from registry.keys import digest_secret, public_id_of
 from registry.models import (
     ApiKey,
+    Budget,
     Change,
     Deployment,
     Event,
     JoinToken,
     LanguageModel,
+    Limit,
     ModelCopy,
     Node,
+    Price,
     Route,
     UsageEvent,
     Worker,
@@ -32,9 +35,12 @@ from registry.querysets import database_now
 from registry.states import CopyState, Outcome, WorkerState
 from tests.factories import (
     make_api_key,
+    make_budget,
     make_deployment,
     make_language_model,
+    make_limit,
     make_node,
+    make_price,
     make_project,
     make_worker,
 )
@@ -93,12 +99,15 @@ def make_one_of_each() -> dict[type, Any]:
     token = JoinToken.objects.create(digest="0" * 64, expires_at=database_now())
     return {
         ApiKey: api_key,
+        Budget: make_budget(limit=100, subject=api_key.public_id),
         Deployment: worker.deployment,
         Event: Event.objects.latest("id"),
         JoinToken: token,
         LanguageModel: worker.deployment.language_model,
+        Limit: make_limit(api_key=api_key),
         ModelCopy: copy,
         Node: worker.node,
+        Price: make_price("chat", input_micros=150_000),
         type(api_key.project): api_key.project,
         Route: Route.objects.get(),
         UsageEvent: make_usage(),
@@ -195,7 +204,7 @@ def test_a_new_key_is_shown_once(operator: Client) -> None:
     for url in (page(ApiKey, "changelist"), page(ApiKey, "change", api_key.pk)):
         html = operator.get(url).content.decode()
         assert found[0] not in html
-        assert api_key.digest not in html
+        assert api_key.secrets.get().digest not in html
 
 
 def test_a_keys_name_cannot_smuggle_markup_into_the_page(operator: Client) -> None:
@@ -211,10 +220,10 @@ def test_a_key_may_be_bound_to_routes(operator: Client) -> None:
     assert api_key.routes == ["code"]
     form = {"name": "ci 2", "routes": ["chat", "code"], "expires_at_0": "", "expires_at_1": ""}
     operator.post(page(ApiKey, "change", api_key.pk), form)
-    before = (api_key.digest, api_key.public_id)
+    before = (api_key.secrets.get().digest, api_key.public_id)
     api_key.refresh_from_db()
     assert (api_key.name, api_key.routes) == ("ci 2", ["chat", "code"])
-    assert (api_key.digest, api_key.public_id) == before
+    assert (api_key.secrets.get().digest, api_key.public_id) == before
     assert Change.objects.filter(kind="api_key").count() == 2
     assert ApiKey.objects.count() == 1
     wrong = issue(operator, routes=["no such route"])

@@ -59,7 +59,7 @@ def worker() -> Iterator[Worker]:
 def redis_url() -> Iterator[str]:
     with services.shared_redis() as url:
         if url is None:
-            pytest.skip("no Redis answers, and none is installed")
+            services.missing("no Redis answers, and none is installed")
         yield url
 
 
@@ -452,6 +452,30 @@ def test_a_person_who_may_no_more_is_cut_off(
         assert closed.value.rcvd.code == 4401
 
 
+def test_f56_the_answer_of_a_person_who_is_disabled_ends_with_what_there_is(
+    chat: int, people: dict[str, User]
+) -> None:
+    ann, bob = people["ann"], people["bob"]
+    ours, theirs = create_conversation(user=ann), create_conversation(user=bob)
+    with page_of(ann, chat) as page, page_of(bob, chat) as other:
+        _, assistant = page.send(ours, "!tokens 2000 !slow 0.02")
+        _, untouched = other.send(theirs, "!tokens 2000 !slow 0.02")
+        page.hear_all(assistant["id"], until=lambda frame: bool(frame.get("text")))
+        began = time.monotonic()
+        ann.is_active = False
+        ann.save()
+        saved = eventually(
+            lambda: Message.objects.exclude(state=MessageState.GENERATING).filter(pk=assistant["id"]).first(),
+            "the answer has ended",
+        )
+        assert time.monotonic() - began < 5
+        assert (saved.state, bool(saved.content)) == (MessageState.INTERRUPTED, True)
+        assert "not valid any more" in saved.error
+        assert Message.objects.get(pk=untouched["id"]).state == MessageState.GENERATING
+        other.say(type="stop", message=untouched["id"])
+        other.hear_all(untouched["id"])
+
+
 # -- bounds
 
 
@@ -552,7 +576,7 @@ def test_without_redis_a_second_gateway_follows_from_the_database(people: dict[s
 def test_redis_may_go_and_come_back_empty_in_mid_answer(people: dict[str, User], tmp_path: Path) -> None:
     binary = shutil.which("redis-server")
     if binary is None:
-        pytest.skip("no redis-server is installed")
+        services.missing("no redis-server is installed")
     port_of_redis = services.free_port()
     command = [
         binary,

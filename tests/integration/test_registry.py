@@ -79,11 +79,13 @@ def test_a_replica_has_one_live_worker_and_epochs_that_grow():
 
 def test_the_database_itself_refuses_what_must_not_be():
     worker = make_worker()
+    UsageEvent.objects.create(**usage("r0"))
     refused = [
         lambda: Worker.objects.filter(pk=worker.pk).update(state="dancing"),
         lambda: make_worker(deployment=worker.deployment, replica=worker.replica, epoch=99),
         lambda: UsageEvent.objects.create(**usage("r1", cached_tokens=5, prompt_tokens=4)),
         lambda: UsageEvent.objects.create(**usage("r2", outcome="vanished")),
+        lambda: UsageEvent.objects.create(**usage("r0")),
     ]
     for attempt in refused:
         with pytest.raises(IntegrityError), transaction.atomic():

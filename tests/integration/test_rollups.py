@@ -12,9 +12,19 @@ from django.db import connection, transaction
 from registry.actions.rollups import HOUR, hour_of, reconcile_usage, roll_up
 from registry.actions.usage import record_usage
 from registry.exports import figures_of
-from registry.models import UsageEvent, UsageHour, UsageRollup
+from registry.histograms import bucket_of
+from registry.models import (
+    Grain,
+    Price,
+    UsageAudit,
+    UsageDay,
+    UsageEvent,
+    UsageHour,
+    UsageRollup,
+    UsageSummary,
+)
 from registry.querysets import database_now
-from registry.reports import UsageQuery
+from registry.reports import UsageQuery, Width
 from tests.usage import make_event, make_traffic, sums
 
 MORNING = datetime(2026, 3, 2, 9, tzinfo=UTC)
@@ -42,6 +52,109 @@ def test_rolling_up_twice_gives_the_same_as_once() -> None:
     assert contents() == once
     assert sum(rollup.requests for rollup in UsageRollup.objects.all()) == 300
     assert reported(MORNING, MORNING + 5 * HOUR) == sums(events)
+
+
+@pytest.mark.django_db
+def test_histograms_in_sql_are_those_of_the_reference() -> None:
+    times = [0, 1, 2, 3, 5, 6, 7, 35, 36, 1000, 86_400_000, 2**31 - 1]
+    events = [make_event(started_at=MORNING, queue_ms=value, duration_ms=value) for value in times]
+    # 40 tokens after the first in 2 seconds are 20 a second; one token, or no time, has no speed.
+    events += [
+        make_event(started_at=MORNING, completion_tokens=tokens, ttft_ms=ttft, duration_ms=duration)
+        for tokens, ttft, duration in [(41, 500, 2500), (1, 500, 2500), (9, 500, 500), (2**31 - 1, 0, 1)]
+    ]
+    record_usage(events)
+    roll_up()
+    histograms = UsageRollup.objects.get().histograms
+    expected: dict[str, int] = {}
+    for value in times:
+        bucket = str(bucket_of(value))
+        expected[bucket] = expected.get(bucket, 0) + 1
+    assert histograms["queue"] == expected
+    speeds = [20_000, (2**31 - 2) * 1_000_000]
+    assert histograms["speed"] == {str(bucket_of(value)): 1 for value in speeds}
+    assert sum(histograms["e2e"].values()) == len(times) + 4
+    assert sum(histograms["ttft"].values()) == 4
+
+
+@pytest.mark.django_db
+def test_days_and_sums_without_keys_add_up_to_the_hours() -> None:
+    Price.objects.create(starts_at=MORNING - timedelta(days=1), input_micros=5_000_000)
+    start = MORNING.replace(hour=0)
+    events = make_traffic(
+        start=start, end=start + 30 * HOUR, events=200, keys=[("a", "A"), ("b", "B"), ("c", "C")]
+    )
+    roll_up()
+    assert UsageDay.objects.filter(stale=False).count() == 2
+    of_day = [event for event in events if event.started_at < start + 24 * HOUR]
+    for grain in (Grain.DAY, Grain.PROJECT_DAY):
+        rows = UsageSummary.objects.filter(grain=grain, start=start)
+        assert sum(row.requests for row in rows) == len(of_day)
+        assert sum(row.cost_micros for row in rows) == sum(event.cost_micros for event in of_day) > 0
+        counted = sum(sum(row.histograms.get("e2e", {}).values()) for row in rows)
+        assert counted == len(of_day)
+        assert {row.key_public_id for row in rows} == (
+            {""} if grain is Grain.PROJECT_DAY else {"a", "b", "c"}
+        )
+
+
+@pytest.mark.django_db
+def test_a_late_event_of_a_day_that_was_added_up_is_told_at_once_and_by_the_day_later() -> None:
+    start = MORNING.replace(hour=0)
+    record_usage(
+        [make_event(started_at=start + number * HOUR, prompt_tokens=1) for number in range(0, 24, 3)]
+    )
+    roll_up()
+    record_usage([make_event(started_at=MORNING, prompt_tokens=100)])
+    query = UsageQuery(start=start, end=start + 24 * HOUR, width=Width.DAY)
+    assert [row.figures.input_tokens for row in query.rows()] == [108]
+    roll_up()
+    assert UsageSummary.objects.get(grain=Grain.PROJECT_DAY).prompt_tokens == 108
+    assert [row.figures.input_tokens for row in query.rows()] == [108]
+
+
+@pytest.mark.django_db
+def test_sums_outlive_events_that_retention_deleted_and_take_in_what_comes_late() -> None:
+    from registry.actions.retention import forget_usage
+
+    record_usage([make_event(started_at=MORNING, prompt_tokens=number, ttft_ms=9) for number in (1, 2, 3)])
+    # Not rolled up: their sums are nowhere else yet.
+    assert forget_usage(before=MORNING + 5 * HOUR) == 0
+    roll_up()
+    assert forget_usage(before=MORNING + 5 * HOUR) == 3
+    assert not UsageEvent.objects.exists()
+    assert reported(MORNING, MORNING + HOUR)["input_tokens"] == 6
+    assert reconcile_usage(since=MORNING) == []
+    # What is cut by a boundary counts where the hour begins: there is nothing finer any more.
+    assert reported(MORNING, MORNING + HOUR / 2)["input_tokens"] == 6
+    assert reported(MORNING + HOUR / 2, MORNING + HOUR)["input_tokens"] == 0
+    late = make_event(started_at=MORNING, prompt_tokens=100, ttft_ms=9)
+    record_usage([late])
+    for _ in range(2):
+        roll_up()
+        assert reported(MORNING, MORNING + HOUR)["input_tokens"] == 106
+        assert UsageRollup.objects.get().histograms["ttft"] == {str(bucket_of(9)): 4}
+        UsageHour.objects.update(stale=True)
+    assert forget_usage(before=MORNING + 5 * HOUR) == 1
+    assert reported(MORNING, MORNING + HOUR)["input_tokens"] == 106
+
+
+@pytest.mark.django_db
+def test_every_check_is_kept_with_what_differed() -> None:
+    start = MORNING.replace(hour=0)
+    record_usage([make_event(started_at=start + number * HOUR) for number in (0, 9, 23)])
+    roll_up()
+    assert reconcile_usage(since=start) == []
+    audit = UsageAudit.objects.get()
+    assert (audit.hours, audit.differences) == (3, [])
+    for grain in Grain:
+        UsageSummary.objects.filter(grain=grain).update(requests=7)
+        (found, *others) = reconcile_usage(since=start)
+        assert found.events["requests"] != found.rollups["requests"]
+        newest = UsageAudit.objects.all()[0]
+        assert len(newest.differences) == 1 + len(others)
+        roll_up()
+        assert reconcile_usage(since=start) == []
 
 
 @pytest.mark.django_db

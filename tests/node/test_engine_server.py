@@ -87,7 +87,7 @@ async def test_every_chunk_ends_with_the_usage_so_far(session: aiohttp.ClientSes
     assert {chunk["id"] for chunk in chunks} == {"chatcmpl-req_8"}
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     assert len({chunk["created"] for chunk in chunks}) == 1
-    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": "", "refusal": None}
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None] * 4 + ["length"]
     assert chunks[-2]["choices"][0]["delta"] == {}
     assert chunks[-1]["choices"] == []

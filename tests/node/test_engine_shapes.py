@@ -169,6 +169,25 @@ async def test_a_token_held_for_a_stop_string_is_told_when_its_text_is(
     assert "".join(one["token"] for one in answer["logprobs"]["content"]).strip() == shown.strip()
 
 
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_the_stop_string_that_ended_a_choice_is_told_as_vllm_tells_it(
+    session: aiohttp.ClientSession, path: str
+) -> None:
+    asked = question("Say it", n=2) if path == CHAT else {"prompt": "Say it", "n": 2, "max_tokens": 16}
+    plain = (await post(session, path, asked))["choices"]
+    assert not any("stop_reason" in choice for choice in plain)
+    said = plain[1]["message"]["content"] if path == CHAT else plain[1]["text"]
+    stop = next(word for word in said.split() if word not in str(plain[0]))
+    asked["stop"] = ["qqq", stop]
+    whole = (await post(session, path, asked))["choices"]
+    assert [choice.get("stop_reason") for choice in whole] == [None, stop]
+    assert whole[1]["finish_reason"] == "stop"
+    streamed = await chunks(session, path, asked)
+    for index, reason in ((0, None), (1, stop)):
+        own = choices_of(streamed, index)
+        assert [choice.get("stop_reason") for choice in own] == [None] * (len(own) - 1) + [reason]
+
+
 async def test_an_echoed_prompts_first_token_has_no_probability(session: aiohttp.ClientSession) -> None:
     body = {"prompt": "steam whistle signal", "max_tokens": 0, "echo": True, "logprobs": 1}
     [choice] = (await post(session, TEXT, body))["choices"]
@@ -229,6 +248,25 @@ async def test_a_required_call_has_arguments_of_its_schema(client: openai.AsyncO
     assert arguments["days"] >= 3
 
 
+@pytest.mark.parametrize(
+    ("content", "arguments"),
+    [
+        ("The weather in 'Kyoto 京都' for 5 days", {"city": "Kyoto 京都", "days": 5}),
+        ('The weather in "5 Towns", 4.5 days, or rather 6', {"city": "5 Towns", "days": 6}),
+        ("The weather 2 days in it's town of 'x", {"city": "steam", "days": 3}),
+        ("!tool get_weather 'Oslo' !tokens 9", {"city": "steam", "days": 3}),
+    ],
+)
+async def test_arguments_are_what_the_user_quotes_and_numbers_that_the_schema_allows(
+    session: aiohttp.ClientSession, content: str, arguments: dict[str, Any]
+) -> None:
+    body = question(content, tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
+    [choice] = (await post(session, CHAT, body))["choices"]
+    [call] = choice["message"]["tool_calls"]
+    assert call["function"]["name"] == "get_weather"
+    assert json.loads(call["function"]["arguments"]) == arguments
+
+
 async def test_a_named_function_is_called_and_the_answer_just_stops(session: aiohttp.ClientSession) -> None:
     choice_of_tool = {"type": "function", "function": {"name": "clock"}}
     answer = await post(session, CHAT, question("Hi", tools=TOOLS, tool_choice=choice_of_tool))
@@ -247,6 +285,7 @@ async def test_a_named_function_is_called_and_the_answer_just_stops(session: aio
         ("clock and get_weather", {"parallel_tool_calls": False}, ["get_weather"]),
         ("clock", {"tool_choice": "none"}, []),
         ("!tool clock", {}, ["clock"]),
+        ("What is the weather?", {}, ["get_weather"]),
         (
             "Hello",
             {
@@ -357,6 +396,12 @@ async def test_json_can_be_asked_for_in_several_ways(
 ) -> None:
     [choice] = (await post(session, CHAT, question("x", **fields)))["choices"]
     assert isinstance(json.loads(choice["message"]["content"]), kind)
+
+
+async def test_any_object_has_the_names_that_the_user_quotes(session: aiohttp.ClientSession) -> None:
+    body = question("JSON with 'setup' and \"punchline\"", response_format={"type": "json_object"})
+    [choice] = (await post(session, CHAT, body))["choices"]
+    assert json.loads(choice["message"]["content"]).keys() == {"setup", "punchline"}
 
 
 async def test_a_choice_is_one_of_the_choices_for_texts_too(session: aiohttp.ClientSession) -> None:

@@ -72,6 +72,7 @@ async def test_a_stop_string_across_tokens_ends_the_answer_before_it() -> None:
     engine = make_engine(text="one two three four")
     deltas = await answer(engine, "hi", stop=("o thr",))
     assert text(deltas) == "one tw"
+    assert [delta.stop for delta in deltas] == [None] * (len(deltas) - 1) + ["o thr"]
     assert deltas[-1].finish_reason == "stop"
     assert deltas[-1].completion_tokens == 3
     assert engine.load_report().tokens == 3
@@ -81,7 +82,18 @@ def test_text_held_for_a_stop_string_is_given_back() -> None:
     stops = StopStrings(("END", "\n\n"))
     assert [stops.feed(piece) for piece in ("a EN", "T", "\n", "x\n")] == ["a ", "ENT", "", "\nx"]
     assert stops.flush() == "\n"
-    assert not stops.met
+    assert stops.met is None
+
+
+def test_the_stop_string_that_ended_a_text_is_told() -> None:
+    for given, text, met in (
+        (("b", "a"), "xab", "a"),
+        (("abc", "ab"), "xabc", "abc"),
+        (("ab", "abc"), "xabc", "ab"),
+    ):
+        stops = StopStrings(given)
+        assert (stops.feed(text), stops.met) == ("x", met)
+        assert (stops.feed("more"), stops.flush()) == ("", "")
 
 
 async def test_the_pace_is_kept_without_drift() -> None:

@@ -22,6 +22,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
+from inference.agent.processes import MARK
 from inference.protocol import Assignment, Beat, BeatOrder, BeatReply, Cause, ModelSpec, ProcessReport, Wish
 from inference.protocol import WorkerPhase as Phase
 from inference.worker.endings import classify_end
@@ -228,7 +229,10 @@ async def test_a_ready_worker_streams_at_the_engines_pace(start: Start, gateway:
         events = await events_of(reply)
     assert len(text_of(events).split()) == 8
     tokens = [at for at, event in events if '"content":" ' in event]
-    assert min(later - sooner for sooner, later in pairwise(tokens)) >= 0.03
+    gaps = sorted(later - sooner for sooner, later in pairwise(tokens))
+    # On a busy machine one may be read late, and the next one then comes right behind it.
+    assert gaps[1] >= 0.03
+    assert sum(gaps) >= len(gaps) * 0.045
 
 
 async def test_beats_carry_the_load_and_a_lost_client_leaves_none(start: Start, gateway: Gateway) -> None:
@@ -491,12 +495,12 @@ def test_an_engine_sees_nothing_of_the_control_plane() -> None:
         "PGPASSWORD": "x",
         "DJANGO_SETTINGS_MODULE": "x",
         "ROUNDHOUSE_SECRET_KEY": "x",
-        "ROUNDHOUSE_WORKER": "/folder",
+        MARK: "/folder",
     }
     extra = {"OMP_NUM_THREADS": "1", "ROUNDHOUSE_WORKER_SECRET": "other"}
     assert engine_environment(base, extra, "s") == {
         "PATH": "/bin",
-        "ROUNDHOUSE_WORKER": "/folder",
+        MARK: "/folder",
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": "1",

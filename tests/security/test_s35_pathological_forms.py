@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from tests.api.conftest import Served, facts, say, served, worker  # noqa: F401
 
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("steady")]
 
 
 def nested(levels: int, key: str) -> dict[str, Any]:
@@ -65,27 +68,51 @@ def forms() -> list[dict[str, Any]]:
     return found
 
 
+def gaps(connected: socket.socket, pieces: int) -> list[float]:
+    """Between the next pieces of a stream."""
+    came: list[float] = []
+    while len(came) <= pieces:
+        part = connected.recv(65536)
+        assert part, "the stream ended"
+        # Two that were waiting together came with no gap between them.
+        came += [time.monotonic()] * part.count(b'"content":" ')
+    return [after - before for before, after in pairwise(came)]
+
+
+def p99(values: list[float]) -> float:
+    return sorted(values)[int(len(values) * 0.99) - 1]
+
+
 def test_each_is_refused_within_two_seconds_while_another_stream_goes_on(served: Served) -> None:  # noqa: F811
     tried = forms()
     assert len(tried) >= 50
-    beside: list[float] = []
-    ended = threading.Event()
+    body = json.dumps(say("!tokens 20000 !slow 0.01", stream=True)).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        f"Authorization: Bearer {served.api_key}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as stream:
+        stream.sendall(head.encode() + body)
+        alone = gaps(stream, 100)
+        slowest: list[float] = []
+        ended = threading.Event()
 
-    def ask() -> None:
-        while not ended.is_set():
-            beside.append(served.chat(say("!tokens 2")).seconds)
+        def refuse_all() -> None:
+            try:
+                for form in tried:
+                    answer = served.chat(say("hi") | form)
+                    slowest.append(answer.seconds)
+                    assert answer.status == 400, (str(form)[:100], answer.body[:200])
+                    answer.error()
+            finally:
+                ended.set()
 
-    other = threading.Thread(target=ask)
-    other.start()
-    try:
-        for form in tried:
-            began = time.monotonic()
-            answer = served.chat(say("hi") | form)
-            assert answer.status == 400, (str(form)[:100], answer.body[:200])
-            answer.error()
-            assert time.monotonic() - began < 2
-    finally:
-        ended.set()
-        other.join(30)
-    assert beside
-    assert max(beside) < 1
+        with ThreadPoolExecutor(max_workers=1) as other:
+            refusing = other.submit(refuse_all)
+            beside: list[float] = []
+            while not ended.is_set() or len(beside) < 100:
+                beside += gaps(stream, 20)
+            refusing.result()
+    assert max(slowest) < 2, str(tried[slowest.index(max(slowest))])[:200]
+    # As even as before. What is allowed on top is what this machine, busy with other tests, makes of it.
+    assert p99(beside) < p99(alone) + 0.1

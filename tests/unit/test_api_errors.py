@@ -9,7 +9,7 @@ import pytest
 from inference.errors import InferenceError, NoCapacity, WorkerBroke, WorkerRefused, WorkerUnreachable
 from inference.http import HttpError
 from openai_api.errors import ROWS, ApiError, InvalidRequest, StorageAway, answer_to, row_of
-from registry.errors import RegistryError
+from registry.errors import BudgetExhausted, RegistryError
 
 
 def family(base: type[Exception]) -> Iterator[type[Exception]]:
@@ -59,3 +59,15 @@ def test_an_invalid_request_names_its_field() -> None:
     assert (payload["error"]["param"], payload["error"]["code"]) == ("stop", "invalid_type")
     assert headers == []
     assert row_of(InvalidRequest("bad")).status == 400
+
+
+def test_a_budget_that_is_used_up_says_when_it_begins_anew_and_that_no_retry_helps() -> None:
+    status, payload, headers = answer_to(BudgetExhausted("used up", retry_after=3599.2, passing=False))
+    assert status == 429
+    assert (payload["error"]["type"], payload["error"]["code"]) == ("insufficient_quota",) * 2
+    assert headers == [(b"retry-after", b"3600"), (b"x-should-retry", b"false")]
+    assert answer_to(BudgetExhausted("over", retry_after=None, passing=False))[2] == [
+        (b"x-should-retry", b"false")
+    ]
+    # Only running requests stand in the way: clients may try again by themselves.
+    assert answer_to(BudgetExhausted("busy", retry_after=5, passing=True))[2] == [(b"retry-after", b"5")]

@@ -15,8 +15,8 @@ CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 
 
-def dialect(asked: str = CHAT, model: str | None = "org/route") -> Dialect:
-    found = dialect_of("vllm", asked, model)
+def dialect(asked: str = CHAT, model: str | None = "org/route", samples: int = 1) -> Dialect:
+    found = dialect_of("vllm", asked, model, samples)
     assert found is not None
     return found
 
@@ -137,6 +137,13 @@ def test_a_chunk_ends_with_the_usage_as_the_gateway_cuts_it_off() -> None:
     assert b'"choices":[],"usage":{' in event(last, dialect())[1]
 
 
+def test_the_first_chunk_names_the_role_and_refuses_nothing() -> None:
+    begun = {"role": "assistant", "content": "", "reasoning": None, "tool_calls": None}
+    told, _ = event(chunk(0, begun, 37, 0), dialect())
+    delta = told["choices"][0]["delta"]
+    assert list(delta.items()) == [("role", "assistant"), ("content", ""), ("refusal", None)]
+
+
 def test_a_streamed_call_begins_with_empty_arguments_and_goes_on_as_it_is() -> None:
     speaking = dialect()
     begun = {"id": "chatcmpl-tool-1", "type": "function", "index": 0, "function": {"name": "f"}}
@@ -150,10 +157,19 @@ def test_a_streamed_call_begins_with_empty_arguments_and_goes_on_as_it_is() -> N
 
 
 def test_what_the_choices_of_a_stream_have_cost_is_summed() -> None:
-    speaking = dialect()
+    speaking = dialect(samples=2)
     event(chunk(0, {"content": "a"}, 37, 5), speaking)
     told, _ = event(chunk(1, {"content": "b"}, 37, 2), speaking)
     assert (told["usage"]["prompt_tokens"], told["usage"]["completion_tokens"]) == (37, 7)
+
+
+def test_every_prompt_of_a_stream_counts_once_from_its_first_token_on() -> None:
+    speaking = dialect(TEXT, samples=2)
+    seen = []
+    for index, prompt in ((0, 37), (1, 37), (0, 37), (4, 5), (2, 11), (3, 11)):
+        told, _ = event(chunk(index, {}, prompt, 1), speaking)
+        seen.append(told["usage"]["prompt_tokens"])
+    assert seen == [37, 37, 37, 42, 53, 53]
 
 
 def test_an_error_is_known_by_its_first_key() -> None:

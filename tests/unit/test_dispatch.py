@@ -127,6 +127,25 @@ async def test_never_more_leases_than_slots_and_first_come_first_served(fleet, d
     assert dispatcher.waiting(1) == 0
 
 
+async def test_the_queue_is_served_by_rank_and_then_in_order(fleet, dispatcher):
+    one = deployment(1, worker(1), queue_limit=50)
+    fleet.see(one)
+    held = await dispatcher.acquire(route(one))
+    served: list[int] = []
+
+    async def wait(number: int, rank: int) -> None:
+        lease = await dispatcher.acquire(route(one), rank=rank)
+        served.append(number)
+        lease.release()
+
+    ranks = [2, 1, 0, 2, 1, 0, 1]
+    tasks = [asyncio.create_task(wait(number, rank)) for number, rank in enumerate(ranks)]
+    await queued(dispatcher, len(ranks))
+    held.release()
+    await asyncio.gather(*tasks)
+    assert served == [2, 5, 1, 4, 6, 0, 3]
+
+
 async def test_nobody_overtakes_the_queue(fleet, dispatcher):
     one = deployment(1, worker(1))
     fleet.see(one)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from django.db import OperationalError
 
 from openai_api import auth
-from openai_api.auth import Key, KeyRing
+from openai_api.auth import Key, KeyRing, Secret
 from openai_api.errors import MissingKey, StorageAway, WrongKey
 from registry.keys import CHECKSUM_LENGTH, NewKey, _checksum, digest_key, generate_key
 
@@ -45,8 +46,7 @@ class Database:
             name="n",
             project_id=1,
             project_name="p",
-            digest=digest_key(new.text, PEPPERS.get(pepper, b"gone")),
-            pepper=pepper,
+            secrets=(Secret(id=1, digest=digest_key(new.text, PEPPERS.get(pepper, b"gone")), pepper=pepper),),
             routes=frozenset(),
             expires_at=expires_at,
             revoked=revoked,
@@ -156,3 +156,54 @@ async def test_the_ring_holds_a_bounded_number_of_keys(
     assert database.asked == 5
     await ring.authenticate(keys[0].text)
     assert database.asked == 6
+
+
+async def test_a_new_secret_works_at_once_and_wrong_ones_cost_few_queries(database: Database) -> None:
+    ring, new = database.ring(), database.issue()
+    await ring.authenticate(new.text)
+    wrong = generate_key(new.public_id)
+    for _ in range(5):
+        with pytest.raises(WrongKey):
+            await ring.authenticate(wrong.text)
+    assert database.asked == 2
+    rotated = generate_key(new.public_id)
+    old = database.keys[new.public_id]
+    secret = Secret(id=2, digest=digest_key(rotated.text, PEPPERS[2]), pepper=2)
+    database.keys[new.public_id] = replace(old, secrets=(secret, *old.secrets))
+    ring._reread.clear()
+    for text in (rotated.text, new.text, rotated.text):
+        assert (await ring.authenticate(text)).public_id == new.public_id
+    assert database.asked == 3
+
+
+async def test_a_secret_ends_by_itself_and_old_peppers_go_on(database: Database) -> None:
+    ring, new = database.ring(), database.issue(pepper=1)
+    rotated = generate_key(new.public_id)
+    old = database.keys[new.public_id]
+    [first] = old.secrets
+    second = Secret(id=2, digest=digest_key(rotated.text, PEPPERS[2]), pepper=2)
+    database.keys[new.public_id] = replace(
+        old, secrets=(second, replace(first, expires_at=time.time() + 0.2))
+    )
+    for _ in range(2):
+        await ring.authenticate(new.text)
+        await ring.authenticate(rotated.text)
+    await asyncio.sleep(0.25)
+    with pytest.raises(WrongKey):
+        await ring.authenticate(new.text)
+    await ring.authenticate(rotated.text)
+
+
+async def test_each_secrets_use_is_noted(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[int] = []
+    monkeypatch.setattr(auth, "note_key_use", lambda *, secret_id, at: noted.append(secret_id))
+    ring, new = database.ring(), database.issue()
+    rotated = generate_key(new.public_id)
+    old = database.keys[new.public_id]
+    second = Secret(id=2, digest=digest_key(rotated.text, PEPPERS[1]), pepper=1)
+    database.keys[new.public_id] = replace(old, secrets=(second, *old.secrets))
+    for _ in range(3):
+        await ring.authenticate(rotated.text)
+        await ring.authenticate(new.text)
+    await ring.stop()
+    assert sorted(noted) == [1, 2]

@@ -17,6 +17,8 @@ from openai_api.errors import InvalidRequest
 from openai_api.parsing import check_headers
 from openai_api.protocol.sampled import IGNORED, NEUTRAL, OWNED
 
+pytestmark = pytest.mark.usefixtures("steady")
+
 USER = {"role": "user", "content": "hi"}
 VALID: dict[str, dict[str, Any]] = {
     CHAT.path: {"model": "m", "messages": [USER]},
@@ -348,7 +350,9 @@ def test_a_form_that_cannot_be_used_is_named(fields: dict[str, Any], code: str, 
 )
 def test_vllms_older_names_are_put_into_the_newer_one(field: str, kind: str, value: Any) -> None:
     for endpoint in (CHAT, COMPLETIONS):
-        assert asked(endpoint, **{field: value}) == {"structured_outputs"}
+        also = {f"structured_outputs.{kind}"} if kind in ("regex", "grammar") else set()
+        assert asked(endpoint, **{field: value}) == {"structured_outputs", *also}
+        assert asked(endpoint, structured_outputs={kind: value}) == {"structured_outputs", *also}
         body = forwarded(endpoint, **{field: value})
         assert body["structured_outputs"] == {kind: value}
         assert field not in body
@@ -444,6 +448,8 @@ def test_what_would_change_an_embedding_or_a_ranking_is_asked_for_by_name() -> N
     changed = {"embed_dtype": "float16", "endianness": "big", "add_special_tokens": False, "dimensions": 5}
     assert asked(EMBEDDINGS, **changed) == set(changed)
     assert asked(RERANK, max_chunks_per_doc=5, rank_fields=["title"]) == {"max_chunks_per_doc", "rank_fields"}
+    assert asked(RERANK, max_tokens_per_doc=5) == {"max_tokens_per_doc"}
+    assert forwarded(RERANK, max_tokens_per_doc=5)["max_tokens_per_doc"] == 5
 
 
 # -- headers

@@ -8,7 +8,6 @@ and what every engine has (inference.engines.http).
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -17,14 +16,11 @@ from functools import partial
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from inference.engines.base import BadRequest, EngineError
 from inference.engines.embedding.engine import EmbeddingEngine
 from inference.engines.embedding.requests import (
-    DetokenizeRequest,
     EmbeddingsRequest,
     RerankRequest,
     ScoreRequest,
-    TokenizeRequest,
     documents_of,
     embeddings_answer,
     inputs_of,
@@ -33,20 +29,18 @@ from inference.engines.embedding.requests import (
     rerank_answer,
     score_answer,
     sides_of,
-    tokens_answer,
 )
 from inference.engines.http import (
-    FAILED,
     ClientLeft,
     Refusal,
     Running,
     WorkerApp,
+    as_refusals,
     header,
     read_body,
     send_whole,
 )
-
-logger = logging.getLogger(__name__)
+from inference.engines.tokenize import DetokenizeRequest, TokenizeRequest, tokens_answer
 
 INLINE_NUMBERS = 50_000
 """Larger answers are written in a thread, so that others go on meanwhile."""
@@ -85,7 +79,12 @@ class EmbeddingApp(WorkerApp):
     async def _rerank(self, running: Running, body: bytes) -> bytes:
         request = parse(body, RerankRequest)
         texts = documents_of(request)
-        answer = await self._engine.rerank(request.query, texts, keep=request.truncate_prompt_tokens)
+        answer = await self._engine.rerank(
+            request.query,
+            texts,
+            keep=request.truncate_prompt_tokens,
+            document_tokens=request.max_tokens_per_doc,
+        )
         running.spent.prompt_tokens = answer.prompt_tokens
         return rerank_answer(
             request,
@@ -135,17 +134,10 @@ class EmbeddingApp(WorkerApp):
         try:
             body = await read_body(receive)
             self._refuse_unless_serving()
-            async with self._active_while(running):
-                await self._until_left(running, work(), receive)
+            with as_refusals():
+                async with self._active_while(running):
+                    await self._until_left(running, work(), receive)
         except ClientLeft:
             return
-        except BadRequest as bad:
-            refusal = Refusal(400, bad.message, kind="invalid_request_error", param=bad.param, code=bad.code)
-        except Refusal as refused:
-            refusal = refused
-        except EngineError:
-            logger.warning("event=request_failed the engine failed a request", exc_info=True)
-            refusal = Refusal(500, FAILED, kind="server_error", code="engine_error")
-        else:
-            return
-        await send_whole(send, refusal.status, refusal.body, running.request_id)
+        except Refusal as refusal:
+            await send_whole(send, refusal.status, refusal.body, running.request_id)

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -124,28 +124,36 @@ class EmbeddingEngine:
                 rows = _unit(rows)
         return _answer(rows, pieces, pieces)
 
-    async def rerank(self, query: str, documents: Sequence[str], *, keep: int | None = None) -> Answer:
+    async def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        keep: int | None = None,
+        document_tokens: int | None = None,
+    ) -> Answer:
         """A score per document: the cross-encoder's, else the cosine of the angle between the vectors.
 
+        `document_tokens`: cut each document to so many of its own tokens, whatever goes around them.
         `keep` and what it raises: as `embed`.
         """
         loaded = self._whole()
         tokens = loaded.tokens
         pairs = self._reranks_only
 
-        def read() -> list[Piece]:
+        def read_document(at: int, text: str) -> Piece:
+            whole, param = text, f"documents[{at}]"
+            if document_tokens is not None:
+                text = tokens.beginning(text, document_tokens)
             if pairs:
-                return [
-                    tokens.pair(query, text, param=f"documents[{at}]", keep=keep)
-                    for at, text in enumerate(documents)
-                ]
-            return [
-                tokens.query(query, param="query", keep=keep),
-                *(
-                    tokens.document(text, param=f"documents[{at}]", keep=keep)
-                    for at, text in enumerate(documents)
-                ),
-            ]
+                piece = tokens.pair(query, text, param=param, keep=keep)
+            else:
+                piece = tokens.document(text, param=param, keep=keep)
+            return piece if text is whole else replace(piece, truncated=True)
+
+        def read() -> list[Piece]:
+            pieces = [read_document(at, text) for at, text in enumerate(documents)]
+            return pieces if pairs else [tokens.query(query, param="query", keep=keep), *pieces]
 
         characters = len(query) * (len(documents) if pairs else 1) + sum(map(len, documents))
         pieces = await self._read(read, characters)
@@ -242,7 +250,7 @@ def _settle(ready: asyncio.Future[Loaded | LoadError], outcome: Loaded | LoadErr
         ready.set_result(outcome)
 
 
-_COMPARING = frozenset({"endpoint:rerank", "endpoint:score", "endpoint:tokenize"})
+_COMPARING = frozenset({"endpoint:rerank", "endpoint:score", "endpoint:tokenize", "max_tokens_per_doc"})
 
 
 def _capabilities(loaded: Loaded) -> frozenset[str]:

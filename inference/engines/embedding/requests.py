@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from inference.engines.base import BadRequest
-from inference.engines.chat import explain
+from inference.engines.chat import decode
 from inference.engines.embedding.batcher import Row
 from inference.engines.embedding.engine import Answer
+from inference.engines.tokenize import DetokenizeRequest, TokenizeRequest
 
 MAX_INPUTS = 2048
 MAX_DOCUMENTS = 2048
@@ -43,6 +44,8 @@ class RerankRequest(msgspec.Struct):
     top_n: Annotated[int, msgspec.Meta(ge=1)] | None = None
     return_documents: bool | None = None
     truncate_prompt_tokens: _Keep | None = None
+    max_tokens_per_doc: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """Of longer documents only the beginning is read."""
 
 
 _Texts = Annotated[list[str], msgspec.Meta(min_length=1, max_length=MAX_DOCUMENTS)]
@@ -57,21 +60,6 @@ class ScoreRequest(msgspec.Struct):
     truncate_prompt_tokens: _Keep | None = None
 
 
-class TokenizeRequest(msgspec.Struct):
-    """As `EmbeddingsRequest`."""
-
-    prompt: str | None = None
-    messages: Any = None
-    add_special_tokens: bool | None = None
-    return_token_strs: bool | None = None
-
-
-class DetokenizeRequest(msgspec.Struct):
-    """As `EmbeddingsRequest`."""
-
-    tokens: list[_Token]
-
-
 _Request = TypeVar(
     "_Request", EmbeddingsRequest, RerankRequest, ScoreRequest, TokenizeRequest, DetokenizeRequest
 )
@@ -79,12 +67,7 @@ _Request = TypeVar(
 
 def parse(body: bytes, kind: type[_Request]) -> _Request:
     """Read and check a body. Raises BadRequest with the field's name."""
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as error:
-        raise explain(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise BadRequest("The body is not valid JSON.") from None
+    return decode(body, msgspec.json.Decoder(kind).decode)
 
 
 def inputs_of(request: EmbeddingsRequest) -> list[str | list[int]]:
@@ -191,17 +174,6 @@ def score_answer(answer: Answer, *, model: str, request_id: str, created: int) -
     ]
     head = {"id": f"score-{request_id}", "object": "list", "created": created, "model": model}
     return msgspec.json.encode(head | {"data": data, "usage": _usage(answer)})
-
-
-def tokens_answer(request: TokenizeRequest, tokens: list[tuple[int, str]], limit: int) -> bytes:
-    return msgspec.json.encode(
-        {
-            "count": len(tokens),
-            "max_model_len": limit,
-            "tokens": [token for token, _ in tokens],
-            "token_strs": [text for _, text in tokens] if request.return_token_strs else None,
-        }
-    )
 
 
 def _usage(answer: Answer) -> dict[str, int]:

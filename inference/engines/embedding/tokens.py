@@ -83,6 +83,13 @@ class Tokens:
         cut = self._backend.post_process(first, second)
         return Piece(ids=cut.ids, kinds=cut.type_ids, truncated=True)
 
+    def beginning(self, text: str, count: int) -> str:
+        """The text of its first `count` tokens; the very same one when it has no more."""
+        whole = self._backend.encode(text, add_special_tokens=False)
+        if len(whole.ids) <= count:
+            return text
+        return text[: max(end for _, end in whole.offsets[:count])]
+
     def of_text(self, text: str, *, special: bool) -> list[tuple[int, str]]:
         """A text's tokens as they stand: ids, and how each is spelled."""
         whole = self._backend.encode(text, add_special_tokens=special)

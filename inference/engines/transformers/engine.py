@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from inference.engines.base import (
+    PLAIN,
     BadRequest,
     Delta,
     EngineError,
@@ -17,6 +18,7 @@ from inference.engines.base import (
     GenerationRequest,
     LoadError,
     Sampling,
+    Template,
     check_token_ids,
     too_long,
 )
@@ -40,6 +42,9 @@ _CAPABILITIES = frozenset(
         "ignore_eos",
         "n",
         "echo",
+        "add_generation_prompt",
+        "continue_final_message",
+        "chat_template_kwargs",
         "endpoint:chat",
         "endpoint:completions",
         "endpoint:tokenize",
@@ -116,7 +121,7 @@ class TransformersEngine:
         sampling = request.sampling
         choice = check_sampling(sampling, least_tokens=1 if request.prompt is None else 0)
         if request.prompt is None:
-            prompt = await prompts.encode(request.messages)
+            prompt = await prompts.encode(request.messages, template=request.template)
         else:
             prompt = await prompts.encode_text(request.prompt)
             # The largest id that has a row of weights; beyond it the batching thread would end.
@@ -165,7 +170,7 @@ class TransformersEngine:
         prompt: str | list[dict[str, Any]],
         *,
         special_tokens: bool,
-        generation_prompt: bool = True,
+        template: Template = PLAIN,
         tools: list[dict[str, Any]] | None = None,
     ) -> list[tuple[int, str]]:
         """See `Engine.tokenize`. `special_tokens` is about texts: a template writes its own."""
@@ -174,7 +179,7 @@ class TransformersEngine:
         if isinstance(prompt, str):
             tokens = await self._prompts.encode_text(prompt, special_tokens=special_tokens, empty=True)
         else:
-            tokens = await self._prompts.encode(prompt, generation_prompt=generation_prompt, tools=tools)
+            tokens = await self._prompts.encode(prompt, template=template, tools=tools)
         return list(zip(tokens, self._prompts.spelled(tokens), strict=True))
 
     async def detokenize(self, tokens: list[int]) -> str:
@@ -231,7 +236,7 @@ class _Answer:
         text = self._stops.feed(self._text.push(token))
         if last:
             text += self._stops.feed(self._text.flush()) + self._stops.flush()
-        if self._stops.met:
+        if self._stops.met is not None:
             reason = "stop"
         elif last:
             reason = "stop" if token in self._eos else "length"
@@ -240,7 +245,11 @@ class _Answer:
         if not text and reason is None:
             return None
         return Delta(
-            text=text, prompt_tokens=self._prompt_tokens, completion_tokens=self._tokens, finish_reason=reason
+            text=text,
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._tokens,
+            finish_reason=reason,
+            stop=self._stops.met,
         )
 
 

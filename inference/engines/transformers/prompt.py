@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 from typing import Any
 
+import msgspec
 from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
 
-from inference.engines.base import BadRequest
+from inference.engines.base import PLAIN, BadRequest, Template
+from inference.engines.transformers.rendering import RenderLimit, bounded, refused_by
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool", "function")} | {"developer": "system"}
 """Role in a request -> role in a template. Templates glue roles into control tokens: only these pass."""
@@ -31,6 +35,13 @@ class Prompts:
         # Encoding sets flags on the tokenizer, so the thread has one of its own.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         self._thread_tokenizer: Any = None
+        self._refused = self._refusal()
+
+    def _refusal(self) -> str | None:
+        own = self._tokenizer.chat_template or ""
+        template = own if self._template is None else self._template
+        several = template.values() if isinstance(template, dict) else [template]
+        return next(filter(None, map(refused_by, several)), None)
 
     @property
     def can_chat(self) -> bool:
@@ -65,25 +76,23 @@ class Prompts:
         self,
         messages: list[dict[str, Any]],
         *,
-        generation_prompt: bool = True,
+        template: Template = PLAIN,
         tools: list[dict[str, Any]] | None = None,
     ) -> list[int]:
         """Raises BadRequest when the messages cannot be rendered."""
         plain = [_plain(message, at) for at, message in enumerate(messages)]
         if sum(len(message["content"]) for message in plain) <= INLINE_CHARACTERS:
-            return self._encode(self._tokenizer, plain, generation_prompt, tools)
+            return self._encode(self._tokenizer, plain, template, tools)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._thread, self._encode_in_thread, plain, generation_prompt, tools
-        )
+        return await loop.run_in_executor(self._thread, self._encode_in_thread, plain, template, tools)
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _encode_in_thread(
-        self, messages: list[dict[str, Any]], generation_prompt: bool, tools: list[dict[str, Any]] | None
+        self, messages: list[dict[str, Any]], template: Template, tools: list[dict[str, Any]] | None
     ) -> list[int]:
-        return self._encode(self._tokenizer_of_thread(), messages, generation_prompt, tools)
+        return self._encode(self._tokenizer_of_thread(), messages, template, tools)
 
     def _encode_text_in_thread(self, prompt: str, special_tokens: bool) -> list[int]:
         return self._encode_text(self._tokenizer_of_thread(), prompt, special_tokens)
@@ -102,33 +111,55 @@ class Prompts:
         self,
         tokenizer: Any,
         messages: list[dict[str, Any]],
-        generation_prompt: bool,
+        template: Template,
         tools: list[dict[str, Any]] | None,
     ) -> list[int]:
         if not self.can_chat:
             raise BadRequest(
                 "This model has no chat template, so it cannot answer messages.", param="messages"
             )
+        for name in template.values:
+            if name in _NOT_THE_TEMPLATES:
+                raise BadRequest(
+                    f"'{name}' is no value for the model's chat template.", param="chat_template_kwargs"
+                )
+        if self._refused is not None:
+            raise BadRequest(f"The model's chat template is not run here: {self._refused}.", param="messages")
         try:
-            ids: list[int] = tokenizer.apply_chat_template(
-                messages,
-                chat_template=self._template,
-                tools=tools,
-                add_generation_prompt=generation_prompt,
-                sanitize_control_tokens=True,
-                return_dict=False,
-            )
+            with bounded(len(msgspec.json.encode((messages, tools, template.values)))):
+                ids: list[int] = tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=self._template,
+                    tools=tools,
+                    add_generation_prompt=template.generation_prompt,
+                    continue_final_message=template.continued,
+                    sanitize_control_tokens=True,
+                    return_dict=False,
+                    **template.values,
+                )
+        except RenderLimit as error:
+            raise BadRequest(f"The model's chat template was stopped: {error}.", param="messages") from error
         except TemplateError as error:
             # A template refuses with a sentence for the user, "roles must alternate" for example.
             said = error.message or "it cannot be rendered."
             raise BadRequest(
                 f"The model's chat template refused the messages: {said}", param="messages"
             ) from error
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except _OF_TEMPLATES as error:
             raise BadRequest(
                 "The model's chat template cannot render these messages.", param="messages"
             ) from error
         return ids
+
+
+_NOT_THE_TEMPLATES = frozenset(signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+"""Names that would reach the function which renders, not the template."""
+
+_OF_TEMPLATES = (
+    *(TypeError, ValueError, AttributeError, LookupError, ArithmeticError),
+    *(RecursionError, MemoryError, NotImplementedError),
+)
+"""What an ill-written template, or a hostile one, ends with."""
 
 
 def _plain(message: dict[str, Any], at: int) -> dict[str, Any]:

@@ -13,7 +13,9 @@ _SAMPLING = (
     *("logprobs", "top_logprobs", "prompt_logprobs", "logprob_token_ids"),
 )
 _SHAPE = (
-    *("response_format", "structured_outputs", "return_token_ids", "return_tokens_as_token_ids"),
+    *("structured_outputs", "structured_outputs.regex"),
+    *("structured_outputs.grammar", "structured_outputs.structural_tag"),
+    *("response_format", "return_token_ids", "return_tokens_as_token_ids"),
     *("echo", "add_special_tokens", "add_generation_prompt", "continue_final_message"),
     *("documents", "chat_template_kwargs", "include_reasoning", "return_prompt_text"),
 )

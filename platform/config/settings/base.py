@@ -47,6 +47,8 @@ ROOT_URLCONF = "config.urls"
 ASGI_APPLICATION = "config.asgi.application"
 # A POST to /v1/…/ must not be redirected: clients would drop its body.
 APPEND_SLASH = False
+# Parts of a form are slow to take apart: a thousand, Django's bound, cost tenths of a second.
+DATA_UPLOAD_MAX_NUMBER_FIELDS = 500
 
 TEMPLATES = [
     {
@@ -133,9 +135,22 @@ ROUNDHOUSE_CACHE = ENV.cache
 ROUNDHOUSE_REDIS_URL = ENV.redis_url
 ROUNDHOUSE_KEY_PEPPERS = ENV.key_peppers
 ROUNDHOUSE_CORS_ORIGINS = ENV.cors_origins
+ROUNDHOUSE_TRUSTED_PROXIES = ENV.trusted_proxies
 ROUNDHOUSE_METRICS_TOKEN = ENV.metrics_token
+ROUNDHOUSE_CURRENCY = ENV.currency
+ROUNDHOUSE_USAGE_DAYS = ENV.usage_days
 ROUNDHOUSE_RESPONSE_DAYS = 30
 """How long an answer of /v1/responses is kept after it was last built on."""
+
+# -- Mail: notices of budgets. Without a server none is sent.
+EMAIL_BACKEND = "django.core.mail.backends.smtp.EmailBackend"
+EMAIL_TIMEOUT = 5
+DEFAULT_FROM_EMAIL = ENV.mail_from
+ROUNDHOUSE_MAIL = ENV.mail is not None
+if ENV.mail is not None:
+    EMAIL_HOST, EMAIL_PORT = ENV.mail.host, ENV.mail.port
+    EMAIL_HOST_USER, EMAIL_HOST_PASSWORD = ENV.mail.user, ENV.mail.password
+    EMAIL_USE_SSL, EMAIL_USE_TLS = ENV.mail.implicit_tls, ENV.mail.starttls
 
 # -- Celery: control's queue, and the nudges it sends to the agents' queues.
 CELERY_BROKER_URL = celery_broker(ENV.redis_url)
@@ -173,6 +188,8 @@ CELERY_BEAT_SCHEDULE = {
         "schedule": 600.0,
         "options": {"expires": 600},
     },
+    "budget_notices": {"task": "inference.budget_notices", "schedule": 30.0, "options": {"expires": 30}},
+    "forget_usage": {"task": "inference.forget_usage", "schedule": 600.0, "options": {"expires": 600}},
     "audit_usage": {"task": "inference.audit_usage", "schedule": 6 * 3600.0, "options": {"expires": 3600}},
 }
 

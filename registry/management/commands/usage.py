@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections.abc import Iterator
-from datetime import UTC, date, timedelta, tzinfo
-from typing import Any
-from zoneinfo import ZoneInfo
+from datetime import date, timedelta, tzinfo
+from typing import Any, TypeVar
 
+from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
 
-from registry.actions.rollups import reconcile_usage, roll_up
+from registry.actions.prices import rerate
+from registry.actions.rollups import HOUR, reconcile_usage, roll_up
+from registry.costs import money_text
 from registry.exports import FIGURES, Export
+from registry.models import Project
 from registry.querysets import database_now
-from registry.reports import Dimension, UsageQuery, Width, midnight
+from registry.reports import STATUS_WORDS, Dimension, UsageQuery, Width, midnight
+from registry.usage_filters import dimension_of, zone_of
+
+Value = TypeVar("Value", int, str)
 
 DEFAULT_DAYS = 30
 WIDTHS = {width.value: width for width in (Width.DAY, Width.HOUR)}
@@ -33,10 +39,20 @@ class Command(BaseCommand):
             default="day",
             help=f"comma-separated: {', '.join([*WIDTHS, *DIMENSIONS])} (default: day; '' for totals only)",
         )
-        report.add_argument("--zone", type=_zone, default=UTC, help="time zone of the days (default: UTC)")
+        report.add_argument(
+            "--zone", type=zone_of, help="time zone of the days (default: that of --project, else UTC)"
+        )
         report.add_argument("--key", help="only the key of this public id")
-        report.add_argument("--model", help="only this model")
+        report.add_argument("--project", type=int, help="only the project of this number")
+        report.add_argument("--model", "--route", help="only this model")
+        report.add_argument("--endpoint", help="only this endpoint, such as /v1/embeddings")
+        report.add_argument("--status", type=_status, help="only 429, 4xx, 5xx, errors, ...")
         report.add_argument("--format", choices=["table", "csv", "json", "ndjson"], default="table")
+        again = verbs.add_parser("rerate", help="charge requests again, by the prices in force for them now")
+        again.add_argument("--route", "--model", help="only this model")
+        again.add_argument("--from", dest="first", type=_day, required=True, help="first day, of UTC")
+        again.add_argument("--to", dest="last", type=_day, help="last day, inclusive (default: today)")
+        again.add_argument("--apply", action="store_true", help="do it; without this it is only told")
         verbs.add_parser("roll-up", help="add up the hours that have ended; control does it each minute")
         check = verbs.add_parser("check", help="hold the hourly sums against the ledger's events")
         check.add_argument("--days", type=int, default=DEFAULT_DAYS, help="how far back (default: 30)")
@@ -45,6 +61,8 @@ class Command(BaseCommand):
         match verb:
             case "report":
                 self._report(**options)
+            case "rerate":
+                self._rerate(**options)
             case "roll-up":
                 done = 0
                 while rolled := roll_up():
@@ -56,12 +74,12 @@ class Command(BaseCommand):
     def _report(self, **options: Any) -> None:
         words = [word for word in options["by"].split(",") if word]
         for word in words:
-            if word not in WIDTHS and word not in DIMENSIONS:
+            if word not in WIDTHS and word not in DIMENSIONS and word != "route":
                 raise CommandError(f"--by: {word!r} is none of {', '.join([*WIDTHS, *DIMENSIONS])}.")
         widths = [WIDTHS[word] for word in words if word in WIDTHS]
         if len(widths) > 1:
             raise CommandError("--by: choose day or hour, not both.")
-        zone, now = options["zone"], database_now()
+        zone, now = options["zone"] or _zone_of_project(options["project"]), database_now()
         last = options["last"] or now.astimezone(zone).date()
         first = options["first"] or last - timedelta(days=DEFAULT_DAYS - 1)
         if last < first:
@@ -70,10 +88,13 @@ class Command(BaseCommand):
             start=midnight(first, zone),
             end=midnight(last + timedelta(days=1), zone),
             width=widths[0] if widths else None,
-            by=frozenset(DIMENSIONS[word] for word in words if word in DIMENSIONS),
+            by=frozenset(dimension_of(word) for word in words if word not in WIDTHS),
             zone=zone,
-            keys=frozenset({options["key"]}) if options["key"] else None,
-            models=frozenset({options["model"]}) if options["model"] else None,
+            keys=_only(options["key"]),
+            projects=_only(options["project"]),
+            models=_only(options["model"]),
+            endpoints=_only(options["endpoint"]),
+            statuses=_only(options["status"]),
         )
         export = Export(query=query, complete_to=now)
         match options["format"]:
@@ -88,11 +109,23 @@ class Command(BaseCommand):
         for piece in pieces:
             self.stdout.write(piece, ending="")
 
+    def _rerate(self, *, route: str | None, first: date, last: date | None, apply: bool, **_: Any) -> None:
+        utc = zone_of("UTC")
+        last = last or database_now().astimezone(utc).date()
+        since, until = midnight(first, utc), midnight(last + timedelta(days=1), utc)
+        done = rerate(since=since, until=until, route=route, dry_run=not apply)
+        difference = money_text(done.difference_micros, settings.ROUNDHOUSE_CURRENCY)
+        verb = "were charged again" if apply else "would be charged again (--apply does it)"
+        self.stdout.write(
+            f"{done.corrected} of {done.events} request(s) {verb}; the difference is {difference}."
+        )
+
     def _check(self, days: int) -> None:
         differences = reconcile_usage(since=database_now() - timedelta(days=days))
         for found in differences:
             self.stdout.write(
-                f"{found.hour:%Y-%m-%d %H}:00 UTC: the ledger has {found.events['requests']} request(s), "
+                f"{found.hour:%Y-%m-%d %H}:00 UTC{' and 24 hours' if found.length > HOUR else ''}: "
+                f"the ledger has {found.events['requests']} request(s), "
                 f"the sums said {found.rollups['requests']}; they will be added up again."
             )
         if differences:
@@ -135,10 +168,18 @@ def _day(text: str) -> date:
     return day
 
 
-def _zone(text: str) -> tzinfo:
-    if text == "UTC":
-        return UTC
-    try:
-        return ZoneInfo(text)
-    except (KeyError, OSError) as error:
-        raise ValueError(f"{text!r} is no time zone") from error
+def _status(text: str) -> str:
+    if text not in STATUS_WORDS and not (len(text) == 3 and text.isascii() and text.isdigit()):
+        raise ValueError(f"{text!r} is no status")
+    return text
+
+
+def _only(wanted: Value | None) -> frozenset[Value] | None:
+    return frozenset({wanted}) if wanted else None
+
+
+def _zone_of_project(number: int | None) -> tzinfo:
+    if number is None:
+        return zone_of("UTC")
+    name = Project.objects.filter(pk=number).values_list("time_zone", flat=True).first()
+    return zone_of(name or "UTC")
