@@ -391,6 +391,8 @@ class Generation:
         if self._cut is not None:
             raise self._cut
         self._status = 200
+        if self._entry is not None:
+            self._entry.answered()
         await self._consumer.send_json(200, answer)
 
     def _read(self, answer: bytes, worker: WorkerView) -> tuple[_Usage, bytes]:
@@ -480,6 +482,7 @@ class Generation:
         if self._cut is not None:
             raise self._cut
         self._ended = True
+        self._entry.answered()
         await self._consumer.stream_end(b"data: [DONE]\n\n")
         # The client has all of it; what follows only lets the connection be used again.
         await anext(events, None)

@@ -4,8 +4,8 @@ Each start of a gateway has a folder of its own, `<root>/<gateway>~<random>/`:
 
     lock            held (flock) while the process lives; a folder whose lock is free is a dead gateway's
     000001.log …    segments: one JSON line per opened and per closed request, appended by one write each
-    000.counters …  memory-mapped: per open request a slot of four 32-bit numbers: tag, prompt, cached,
-                    completion tokens
+    000.counters …  memory-mapped: per open request a slot of four 32-bit numbers: tag, prompt, cached (and
+                    in its top bit, whether all of the answer was counted), completion tokens
 
 A write survives the process that made it, and so does a store into a shared mapping: after a
 `kill -9` the counters hold every token that was counted, without a system call per token. A power
@@ -65,7 +65,9 @@ _SLOT_NUMBERS = 4
 _CHUNK_BYTES = CHUNK_SLOTS * _SLOT_NUMBERS * 4
 _U32 = 0xFFFF_FFFF
 _MAX_INTEGER = 2**31 - 1
+_ANSWERED = 2**31
 _MAX_SMALL = 2**15 - 1
+_STATUS_OK = 200
 _STATUS_INTERRUPTED = 500
 _DRAFT = ".new-"
 _DONE = ".done-"
@@ -172,7 +174,7 @@ class _Chunk:
 class Entry:
     """One request's place in the spool, from `Spool.open` to `close`."""
 
-    __slots__ = ("_base", "_closed", "_counters", "_spool", "number", "opened", "segment", "slot")
+    __slots__ = ("_answered", "_base", "_closed", "_counters", "_spool", "number", "opened", "segment", "slot")
 
     def __init__(
         self, spool: Spool, opened: Opened, number: int, slot: int, counters: memoryview, segment: _Segment
@@ -184,6 +186,7 @@ class Entry:
         self._spool = spool
         self._counters = counters
         self._base = slot % CHUNK_SLOTS * _SLOT_NUMBERS
+        self._answered = 0
         self._closed = False
 
     def count(self, *, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> None:
@@ -194,12 +197,20 @@ class Entry:
         counters, base = self._counters, self._base
         try:
             counters[base + 1] = prompt_tokens
-            counters[base + 2] = cached_tokens
+            counters[base + 2] = cached_tokens | self._answered
             counters[base + 3] = completion_tokens
         except ValueError:
             # A worker's report out of all bounds.
-            for place, tokens in enumerate((prompt_tokens, cached_tokens, completion_tokens), base + 1):
-                counters[place] = min(max(0, tokens), _MAX_INTEGER)
+            counters[base + 1] = _within(prompt_tokens)
+            counters[base + 2] = _within(cached_tokens) | self._answered
+            counters[base + 3] = _within(completion_tokens)
+
+    def answered(self) -> None:
+        """All of the answer is counted. Call it before the client is sent the end of it: a request whose
+        client saw that end is then `ok`, even if this process is killed before it can `close`."""
+        self._answered = _ANSWERED
+        if not self._closed:
+            self._counters[self._base + 2] |= _ANSWERED
 
     def close(self, closed: Closed) -> None:
         """The request has ended. Never raises for the disk's sake; a second call does nothing."""
@@ -448,7 +459,8 @@ class Spool:
 def recover_all(root: Path, *, record: Recorder | None = None) -> int:
     """Bring what dead gateways left below `root` into the ledger, then delete it; returns how many events.
 
-    Ended requests as they ended; those still open as `interrupted`, with the tokens counted so far.
+    Ended requests as they ended; those still open with the tokens counted so far: as `ok` if that was the
+    whole answer, else as `interrupted`.
     Safe to call at any time, by anyone, also twice at once. Raises the database's error when it is away;
     everything then stays as it is.
     """
@@ -572,10 +584,10 @@ def _left_in(folder: Path) -> Iterator[UsageEvent]:
                 yield _event(opening.opened, record.closed, gateway)
     chunks = [memoryview(path.read_bytes()).cast("I") for path in sorted(folder.glob("*.counters"))]
     for opening in opens.values():
-        prompt, cached, completion = _counted(chunks, opening)
+        prompt, cached, completion, answered = _counted(chunks, opening)
         closed = Closed(
-            status=_STATUS_INTERRUPTED,
-            outcome=Outcome.INTERRUPTED,
+            status=_STATUS_OK if answered else _STATUS_INTERRUPTED,
+            outcome=Outcome.OK if answered else Outcome.INTERRUPTED,
             prompt_tokens=prompt,
             cached_tokens=cached,
             completion_tokens=completion,
@@ -597,15 +609,16 @@ def _records(paths: Iterable[Path]) -> Iterator[_OpenRecord | _CloseRecord]:
                 )
 
 
-def _counted(chunks: Sequence[memoryview], opening: _OpenRecord) -> tuple[int, int, int]:
+def _counted(chunks: Sequence[memoryview], opening: _OpenRecord) -> tuple[int, int, int, bool]:
+    """Prompt, cached and completion tokens, and whether they are those of a whole answer."""
     chunk, slot = divmod(opening.slot, CHUNK_SLOTS)
     base = slot * _SLOT_NUMBERS
     if chunk >= len(chunks) or len(chunks[chunk]) < base + _SLOT_NUMBERS:
-        return 0, 0, 0
+        return 0, 0, 0, False
     tag, prompt, cached, completion = chunks[chunk][base : base + _SLOT_NUMBERS]
     if tag != opening.number & _U32:
-        return 0, 0, 0
-    return prompt, cached, completion
+        return 0, 0, 0, False
+    return prompt, cached & _MAX_INTEGER, completion, bool(cached & _ANSWERED)
 
 
 def _make_folder(root: Path, gateway: str) -> tuple[Path, BinaryIO]:

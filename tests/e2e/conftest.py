@@ -170,7 +170,8 @@ class Roundhouse:
             self.client(max_retries=0, timeout=20).chat.completions.create(
                 model=model, messages=[{"role": "user", "content": "Hello"}], max_tokens=2
             )
-        except openai.APIError:
+        except openai.APIError as error:
+            print(f"{model} does not answer: {error!r}")  # pytest shows it where the test fails
             return False
         return True
 

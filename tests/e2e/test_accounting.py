@@ -63,9 +63,10 @@ async def ask(
                 if chunk.usage:
                     assert chunk.usage.completion_tokens == seen.completion_tokens
                     seen.prompt_tokens = chunk.usage.prompt_tokens
-                    seen.finished = True
                 if aborted and seen.completion_tokens >= max(1, tokens // 2):
                     break
+            else:
+                seen.finished = True  # the client saw `[DONE]`
     except (openai.APIConnectionError, openai.InternalServerError, openai.APIError):
         # The gateway was killed, or not back yet.
         seen.refused = seen.request_id is None

@@ -113,9 +113,12 @@ def test_what_a_dead_gateway_left_is_settled_once(tmp_path):
     for tokens in range(300):
         streaming.count(prompt_tokens=12, completion_tokens=tokens, cached_tokens=3)
     spool.open(opened("silent"))
+    whole = spool.open(opened("whole"))
+    whole.count(prompt_tokens=12, completion_tokens=9, cached_tokens=4)
+    whole.answered()
     assert recover_all(tmp_path) == 0, "it lives"
     die(spool)
-    assert recover_all(tmp_path) == 3
+    assert recover_all(tmp_path) == 4
     assert recover_all(tmp_path) == 0
     assert list(tmp_path.iterdir()) == []
     events = {event.request_id: event for event in UsageEvent.objects.all()}
@@ -124,6 +127,8 @@ def test_what_a_dead_gateway_left_is_settled_once(tmp_path):
     assert (events["streaming"].prompt_tokens, events["streaming"].completion_tokens) == (12, 299)
     assert events["streaming"].cached_tokens == 3
     assert (events["silent"].outcome, events["silent"].completion_tokens) == (Outcome.INTERRUPTED, 0)
+    assert (events["whole"].outcome, events["whole"].status) == (Outcome.OK, 200), "its client saw the end"
+    assert (events["whole"].cached_tokens, events["whole"].completion_tokens) == (4, 9)
     assert {event.gateway for event in events.values()} == {"gateway-1"}
 
 
@@ -184,7 +189,7 @@ def test_gateways_killed_at_any_moment_lose_nothing_and_count_nothing_twice(tmp_
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["open", "count", "count", "close", "move"]), st.integers(0, 5), st.integers(1, 300)
+        st.sampled_from(["open", "count", "count", "answered", "close", "move"]), st.integers(0, 5), st.integers(1, 300)
     ),
     max_size=60,
 )
@@ -216,8 +221,11 @@ async def _crash(place: Path, steps, torn: int) -> None:
             name = entry.opened.request_id
             counted = promised[name][0] + tokens
             if step == "count":
-                entry.count(prompt_tokens=5, completion_tokens=counted)
-                promised[name] = (counted, False)
+                entry.count(prompt_tokens=5, completion_tokens=counted, cached_tokens=2)
+                promised[name] = (counted, promised[name][1])
+            elif step == "answered":
+                entry.answered()
+                promised[name] = (promised[name][0], True)
             else:
                 running.remove(entry)
                 entry.close(closed(completion_tokens=counted))
@@ -235,6 +243,7 @@ async def _crash(place: Path, steps, torn: int) -> None:
         event = ledger.events[name]
         assert event.completion_tokens == counted
         assert event.outcome == (Outcome.OK if ended else Outcome.INTERRUPTED)
+        assert event.cached_tokens in (0, 2)
     die(spool)
 
 
