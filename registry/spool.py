@@ -174,7 +174,17 @@ class _Chunk:
 class Entry:
     """One request's place in the spool, from `Spool.open` to `close`."""
 
-    __slots__ = ("_answered", "_base", "_closed", "_counters", "_spool", "number", "opened", "segment", "slot")
+    __slots__ = (
+        "_answered",
+        "_base",
+        "_closed",
+        "_counters",
+        "_spool",
+        "number",
+        "opened",
+        "segment",
+        "slot",
+    )
 
     def __init__(
         self, spool: Spool, opened: Opened, number: int, slot: int, counters: memoryview, segment: _Segment

@@ -189,7 +189,9 @@ def test_gateways_killed_at_any_moment_lose_nothing_and_count_nothing_twice(tmp_
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["open", "count", "count", "answered", "close", "move"]), st.integers(0, 5), st.integers(1, 300)
+        st.sampled_from(["open", "count", "count", "answered", "close", "move"]),
+        st.integers(0, 5),
+        st.integers(1, 300),
     ),
     max_size=60,
 )
