@@ -27,6 +27,7 @@ import msgspec
 from django.db import Error as DatabaseError
 
 from inference.client import DONE
+from inference.dispatch.demand import NO_DEMAND, Demand
 from inference.dispatch.leases import Lease
 from inference.dispatch.views import RouteView, WorkerView
 from inference.errors import WorkerBroke, WorkerUnreachable
@@ -80,6 +81,7 @@ class Generation:
         self._stream = False
         self._most_tokens: int | None = None
         """What was asked for at most, over all answers."""
+        self._demand = NO_DEMAND
         self._admitted: Admitted | None = None
         self._entry: Entry | None = None
         self._lease: Lease | None = None
@@ -132,6 +134,7 @@ class Generation:
         size = call.size(len(forwarded)) if counted else Size(0)
         if size.most_tokens is not None:
             self._most_tokens = size.most_tokens * size.answers
+        self._demand = Demand(forwarded, most_tokens=size.most_tokens, answers=size.answers)
         if key.rules:
             await self._admit(key, size, len(forwarded) if counted else 0)  # 6
         self._entry = self._open(key)
@@ -339,7 +342,7 @@ class Generation:
     ) -> WorkerView:
         rank = PRIORITY_ORDER[self._key.priority] if self._key is not None else 1
         lease = self._lease = await self._gateway.dispatcher.acquire(
-            route, avoid=avoid, needs=needs, rank=rank
+            route, avoid=avoid, needs=needs, rank=rank, demand=self._demand
         )
         self._queued += lease.queue_seconds
         self._attempts += 1

@@ -131,10 +131,12 @@ class EngineName(models.TextChoices):
 class Policy(models.TextChoices):
     """How dispatch chooses among a deployment's workers."""
 
-    SHORTEST_QUEUE = "shortest_queue"
-    """The worker with the fewest requests per unit of speed."""
-    LOTTERY = "lottery"
-    """At random, weighted by measured speed."""
+    PREFIX_AFFINITY = "prefix_affinity", "Prefix affinity: where the prompt's beginning is in the cache"
+    LEAST_TOKENS = "least_tokens", "Least tokens: the fewest tokens to do per unit of speed"
+    SHORTEST_QUEUE = "shortest_queue", "Shortest queue: the fewest requests per unit of speed"
+    POWER_OF_TWO = "power_of_two", "Power of two: the less loaded of two at random"
+    ROUND_ROBIN = "round_robin", "Round robin: each in its turn"
+    LOTTERY = "lottery", "Lottery: at random, weighted by measured speed"
 
 
 class Outcome(models.TextChoices):

@@ -9,6 +9,7 @@ import time
 from collections import OrderedDict
 from operator import attrgetter
 
+from inference.dispatch.demand import NO_DEMAND, Demand
 from inference.dispatch.fleet import Fleet
 from inference.dispatch.leases import Lease, Tally
 from inference.dispatch.policies import policy_named
@@ -25,13 +26,14 @@ class _Waiter:
     """A request in the queues of its route's deployments, until the first of three: a lease, its
     deadline, its client's leaving."""
 
-    __slots__ = ("avoid", "future", "needs", "queues", "rank", "since")
+    __slots__ = ("avoid", "demand", "future", "needs", "queues", "rank", "since")
 
-    def __init__(self, avoid: frozenset[int], needs: frozenset[str], rank: int) -> None:
+    def __init__(self, avoid: frozenset[int], needs: frozenset[str], rank: int, demand: Demand) -> None:
         self.future: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         self.avoid = avoid
         self.needs = needs
         self.rank = rank
+        self.demand = demand
         self.since = time.monotonic()
         self.queues: list[OrderedDict[_Waiter, None]] = []
 
@@ -64,6 +66,7 @@ class Dispatcher:
         avoid: frozenset[int] = NOTHING,
         needs: frozenset[str] = NO_NEEDS,
         rank: int = 1,
+        demand: Demand = NO_DEMAND,
     ) -> Lease:
         """A lease on a worker of this route; the caller releases it in a `finally`.
 
@@ -71,13 +74,13 @@ class Dispatcher:
         When all are saturated the request waits for the first that is freed: the lowest `rank` first,
         and first come first served among equals.
         `avoid`: ids of workers that failed this request already. `needs`: request fields that the
-        worker must honour. Raises NoCapacity when no live worker could ever take it, when the queues
-        are full, or at the deadline.
+        worker must honour. `demand`: what it costs, for the policies that care. Raises NoCapacity when
+        no live worker could ever take it, when the queues are full, or at the deadline.
         """
-        lease = self._take(route, avoid, needs)
+        lease = self._take(route, avoid, needs, demand)
         if lease is not None:
             return lease
-        return await self._wait(route, avoid, needs, rank)
+        return await self._wait(route, avoid, needs, rank, demand)
 
     def waiting(self, deployment_id: int) -> int:
         """How many requests wait for this deployment."""
@@ -86,12 +89,14 @@ class Dispatcher:
 
     # -- without waiting
 
-    def _take(self, route: RouteView, avoid: frozenset[int], needs: frozenset[str]) -> Lease | None:
+    def _take(
+        self, route: RouteView, avoid: frozenset[int], needs: frozenset[str], demand: Demand
+    ) -> Lease | None:
         targets = route.targets
         if len(targets) == 1:
             deployment = self._fleet.current(targets[0][0])
             free = self._free(deployment, avoid, needs)
-            return self._lease(deployment, free, 0.0) if free else None
+            return self._lease(deployment, free, demand, 0.0) if free else None
         choices: list[tuple[DeploymentView, list[Tally], int]] = []
         total = 0
         for target, weight in targets:
@@ -104,7 +109,7 @@ class Dispatcher:
         for deployment, free, weight in choices:
             drawn -= weight
             if drawn < 0:
-                return self._lease(deployment, free, 0.0)
+                return self._lease(deployment, free, demand, 0.0)
         return None
 
     def _free(self, deployment: DeploymentView, avoid: frozenset[int], needs: frozenset[str]) -> list[Tally]:
@@ -116,13 +121,26 @@ class Dispatcher:
                 free.append(tally)
         return free
 
-    def _lease(self, deployment: DeploymentView, free: list[Tally], queue_seconds: float) -> Lease:
-        tally = free[0] if len(free) == 1 else policy_named(deployment.policy)(free, random.random)
-        return Lease(tally, queue_seconds, self._serve)
+    def _lease(
+        self, deployment: DeploymentView, free: list[Tally], demand: Demand, queue_seconds: float
+    ) -> Lease:
+        if len(deployment.workers) == 1:
+            tally = free[0]
+        else:
+            # Also where one alone is free: a policy remembers where it sent what.
+            tally = policy_named(deployment.policy)(free, demand, random.random)
+        return Lease(tally, demand.work(), queue_seconds, self._serve)
 
     # -- with waiting
 
-    async def _wait(self, route: RouteView, avoid: frozenset[int], needs: frozenset[str], rank: int) -> Lease:
+    async def _wait(
+        self,
+        route: RouteView,
+        avoid: frozenset[int],
+        needs: frozenset[str],
+        rank: int,
+        demand: Demand,
+    ) -> Lease:
         usable = [
             deployment
             for deployment in (self._fleet.current(target) for target, _ in route.targets)
@@ -133,7 +151,7 @@ class Dispatcher:
         open_to = [one for one in usable if self.waiting(one.id) < one.queue_limit]
         if not open_to:
             raise NoCapacity(_retry_after(), f"The queue of {route.name} is full.")
-        waiter = _Waiter(avoid, needs, rank)
+        waiter = _Waiter(avoid, needs, rank, demand)
         for deployment in open_to:
             queue = self._queues.setdefault(deployment.id, OrderedDict())
             queue[waiter] = None
@@ -179,7 +197,7 @@ class Dispatcher:
                 continue
             free = self._free(deployment, waiter.avoid, waiter.needs)
             if free:
-                lease = self._lease(deployment, free, time.monotonic() - waiter.since)
+                lease = self._lease(deployment, free, waiter.demand, time.monotonic() - waiter.since)
                 waiter.leave()
                 waiter.future.set_result(lease)
             elif not waiter.avoid and not waiter.needs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from inference.dispatch.prefixes import Prefixes
 from inference.dispatch.views import WorkerView
 from inference.protocol import Load
 
@@ -18,6 +19,8 @@ DELAY_SECONDS = 1.0
 """A report may be this much older than its time stamp says: beats are written in batches."""
 SAMPLES = 24
 """Peaks of own leases kept, one per refresh (0.5 s)."""
+USUAL_WORK = 1000.0
+"""Taken for another gateway's request (`Demand.work`) while there is none of our own to compare with."""
 
 
 class Tally:
@@ -35,9 +38,12 @@ class Tally:
         "_reported",
         "_reported_at",
         "_unreachable_at",
+        "_work",
         "leases",
         "others",
+        "prefixes",
         "speed",
+        "turn",
         "usable",
         "worker",
     )
@@ -49,6 +55,9 @@ class Tally:
         self.speed = worker.speed
         self.usable = True
         """False while it is unreachable or its KV cache is full."""
+        self.prefixes = Prefixes()
+        self.turn = 0.0
+        self._work = 0
         self._peak = 0
         self._peaks: deque[tuple[float, int]] = deque(maxlen=SAMPLES)
         self._reported = 0
@@ -61,6 +70,21 @@ class Tally:
         return self.leases + self.others
 
     @property
+    def work(self) -> float:
+        """What our leases cost it (`Demand.work`), and others' requests as much as ours do on average."""
+        if not self.others:
+            return self._work
+        return self._work + self.others * (self._work / self.leases if self.leases else USUAL_WORK)
+
+    @property
+    def slots(self) -> int:
+        return self.worker.slots
+
+    @property
+    def kv_use(self) -> float:
+        return self._kv_use
+
+    @property
     def reachable(self) -> bool:
         return self._unreachable_at is None
 
@@ -69,13 +93,15 @@ class Tally:
         """True when it may get one more request: a whole slot is left."""
         return self.usable and self.leases + self.others <= self.worker.slots - 1
 
-    def take(self) -> None:
+    def take(self, work: int) -> None:
         self.leases += 1
+        self._work += work
         if self.leases > self._peak:
             self._peak = self.leases
 
-    def give_back(self) -> None:
+    def give_back(self, work: int) -> None:
         self.leases -= 1
+        self._work -= work
 
     def report(self, load: Load, reported_at: float, now: float) -> None:
         """A load that was true at `reported_at`; older than what is known, it is ignored."""
@@ -124,10 +150,11 @@ class Tally:
 class Lease:
     """A slot held by a request. Whoever has it releases it in a `finally`."""
 
-    __slots__ = ("_freed", "_tally", "queue_seconds", "worker")
+    __slots__ = ("_freed", "_tally", "_work", "queue_seconds", "worker")
 
-    def __init__(self, tally: Tally, queue_seconds: float, freed: Callable[[int], None]) -> None:
-        tally.take()
+    def __init__(self, tally: Tally, work: int, queue_seconds: float, freed: Callable[[int], None]) -> None:
+        tally.take(work)
+        self._work = work
         self.worker = tally.worker
         self.queue_seconds = queue_seconds
         self._tally: Tally | None = tally
@@ -138,5 +165,5 @@ class Lease:
         tally = self._tally
         if tally is not None:
             self._tally = None
-            tally.give_back()
+            tally.give_back(self._work)
             self._freed(self.worker.deployment_id)

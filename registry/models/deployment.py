@@ -39,7 +39,7 @@ class Deployment(models.Model):
         validators=[validate_object],
         help_text="Only nodes that carry all of these labels run its workers.",
     )
-    policy = models.CharField(max_length=32, choices=Policy, default=Policy.SHORTEST_QUEUE)
+    policy = models.CharField(max_length=32, choices=Policy, default=Policy.PREFIX_AFFINITY)
     queue_limit = models.PositiveIntegerField(
         default=128, help_text="Requests that wait when all workers are saturated; one more gets 503."
     )

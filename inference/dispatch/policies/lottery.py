@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from inference.dispatch.demand import Demand
 from inference.dispatch.policies.base import C, usual_speed
 
 
-def lottery(candidates: Sequence[C], random: Callable[[], float]) -> C:
+def lottery(candidates: Sequence[C], demand: Demand, random: Callable[[], float]) -> C:
     """A worker at random, weighted by measured speed."""
     usual = usual_speed(candidates)
     total = 0.0
