@@ -30,6 +30,7 @@ STREAM_GAP_SECONDS = 60.0
 ANSWER_SECONDS = 600.0
 """Longest silence before a whole answer, or before the first byte of a streamed one (a long prompt)."""
 ABORT_SECONDS = 1.0
+PROBE_SECONDS = 1.0
 IDLE_SECONDS = 4.0
 """A pooled connection is closed before the worker's server does it (5 s), so that a request does not
 meet its closing."""
@@ -170,6 +171,19 @@ class WorkerClient:
             )
             return None
 
+    async def is_there(self, worker: WorkerView) -> bool:
+        """Does it take a connection? For at most a second; asked after a failure: a dead one takes none."""
+        address = _url(worker.url, "")
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                _, writer = await asyncio.open_connection(address.host, address.port)
+        except ValueError:
+            return False  # no address
+        except OSError as error:
+            return isinstance(error, TimeoutError) or error.errno in OUR_OWN_FAULT
+        writer.close()
+        return True
+
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
             raise WorkerUnreachable("The gateway is not started, or is ending.")
@@ -181,6 +195,7 @@ class WorkerClient:
         """The response once its headers are here and say 200."""
         session = self._open_session()
         url, headers = _url(worker.url, path), _headers(worker, request_id)
+        sent = False
         try:
             try:
                 response = await session.post(
@@ -190,16 +205,19 @@ class WorkerClient:
                 if not _met_closing(error):
                     raise
                 # Most likely an idle connection that it closed in this moment; nothing was answered.
+                sent = True
                 response = await session.post(
                     url, data=_payload(body), headers=headers, allow_redirects=False
                 )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             ours = isinstance(error, aiohttp.ClientConnectorError) and error.errno in OUR_OWN_FAULT
             raise WorkerUnreachable(
-                f"{worker.name} cannot be connected to ({_short(error)}).", gone=not ours
+                f"{worker.name} cannot be connected to ({_short(error)}).", gone=not ours, took_it=sent
             ) from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise WorkerUnreachable(f"{worker.name} gave no answer ({_short(error)}).") from error
+            raise WorkerUnreachable(
+                f"{worker.name} gave no answer ({_short(error)}).", took_it=not isinstance(error, ValueError)
+            ) from error
         if response.status == 200:
             return response
         await _refuse(response, worker)

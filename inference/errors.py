@@ -4,6 +4,7 @@ InferenceError
 ├── NoCapacity            nobody can take the request now
 ├── WorkerUnreachable     a worker failed before its first byte; another may be tried
 ├── WorkerBroke           a worker failed in mid-answer
+├── Poisonous             workers died of the request: it is refused for a while
 └── WorkerRefused         the engine answered 4xx: the request is at fault, not the worker
 
 Messages may name workers and are for logs; only `WorkerRefused.message`, which the engine wrote for
@@ -38,17 +39,25 @@ class WorkerUnreachable(InferenceError):
     """The worker failed before anything of its answer was handed on. Another worker may be tried.
 
     `gone` is True when no connection could be made: it should get nothing until it is heard again
-    (`Fleet.mark_unreachable`). Otherwise it is there, but busy or broken for this request.
+    (`Fleet.mark_unreachable`). Otherwise it is there, but busy or broken for this request. `took_it` is
+    True when the request was sent before it was gone.
     """
 
-    def __init__(self, reason: str, *, gone: bool = False) -> None:
+    def __init__(self, reason: str, *, gone: bool = False, took_it: bool = True) -> None:
         super().__init__(reason)
         self.gone = gone
+        self.took_it = took_it
 
 
 class WorkerBroke(InferenceError):
     """The worker failed after a part of its answer was handed on. The same request must not be sent again
     as it is: the client has seen the part."""
+
+
+class Poisonous(InferenceError):
+    """Two workers died while they had this request. The same request is refused for some minutes."""
+
+    headers = ((b"x-should-retry", b"false"),)
 
 
 TOO_LONG = "maximum context length"

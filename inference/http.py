@@ -31,6 +31,8 @@ from typing import Any, ClassVar
 import msgspec
 from channels.consumer import AsyncConsumer
 
+from inference.errors import Poisonous
+
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -307,7 +309,7 @@ class HttpConsumer(AsyncConsumer):  # type: ignore[misc]
 
     async def _answer_error(self, error: Exception) -> None:
         status, payload, headers = self.error_response(error)
-        if status == 500:
+        if status == 500 and not isinstance(error, Poisonous):
             logger.error(
                 "a request failed by a fault of ours",
                 exc_info=error,

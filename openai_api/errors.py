@@ -30,7 +30,14 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from inference.errors import InferenceError, NoCapacity, WorkerBroke, WorkerRefused, WorkerUnreachable
+from inference.errors import (
+    InferenceError,
+    NoCapacity,
+    Poisonous,
+    WorkerBroke,
+    WorkerRefused,
+    WorkerUnreachable,
+)
 from inference.http import (
     INTERNAL_ERROR,
     BodyTooLarge,
@@ -58,6 +65,10 @@ logger = logging.getLogger("roundhouse.api")
 
 OVERLOADED = "The server is currently overloaded with other requests. Please try again later."
 STORAGE = "The server cannot reach its storage at the moment. Please try again later."
+POISONOUS = (
+    "Two workers ended while they tried to answer this request. It is refused for ten minutes; "
+    "the operator's log tells more under the request id."
+)
 INTERRUPTED = "The answer was interrupted: the worker that generated it stopped."
 
 
@@ -236,6 +247,7 @@ ROWS: dict[type[Exception], Row] = {
     WorkerUnreachable: Row(503, "service_unavailable_error", "server_is_overloaded", OVERLOADED),
     WorkerBroke: Row(503, "service_unavailable_error", "stream_interrupted", INTERRUPTED),
     WorkerRefused: Row(400, "invalid_request_error"),
+    Poisonous: Row(500, "server_error", "poison", POISONOUS),
     # The facts' own rules.
     RegistryError: Row(500, "server_error", message=INTERNAL_ERROR),
     BudgetExhausted: Row(429, "insufficient_quota", "insufficient_quota"),

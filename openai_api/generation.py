@@ -30,7 +30,7 @@ from inference.client import DONE
 from inference.dispatch.demand import NO_DEMAND, Demand
 from inference.dispatch.leases import Lease
 from inference.dispatch.views import RouteView, WorkerView
-from inference.errors import WorkerBroke, WorkerUnreachable
+from inference.errors import Poisonous, WorkerBroke, WorkerUnreachable
 from inference.http import ClientGone, HttpConsumer, Request
 from openai_api import limits
 from openai_api.admission import Admitted
@@ -340,6 +340,8 @@ class Generation:
     async def _next_worker(
         self, route: RouteView, needs: frozenset[str], avoid: frozenset[int]
     ) -> WorkerView:
+        if self._gateway.dispatcher.poison.refuses(self._fingerprint):
+            raise Poisonous("Two workers died while they had this request.")
         rank = PRIORITY_ORDER[self._key.priority] if self._key is not None else 1
         lease = self._lease = await self._gateway.dispatcher.acquire(
             route, avoid=avoid, needs=needs, rank=rank, demand=self._demand
@@ -349,13 +351,8 @@ class Generation:
         self._worker = lease.worker
         return lease.worker
 
-    def _give_up(self, worker: WorkerView, error: WorkerUnreachable) -> None:
-        """Go on to another worker, or raise: too many tried, or nobody waits any more."""
-        if self._lease is not None:
-            self._lease.release()
-            self._lease = None
-        if error.gone:
-            self._gateway.fleet.mark_unreachable(worker)
+    async def _give_up(self, worker: WorkerView, error: WorkerUnreachable) -> None:
+        """Go on to another worker, or raise: too many were tried, or nobody waits any more."""
         logger.warning(
             "a worker failed before its first byte: %s",
             error,
@@ -370,8 +367,33 @@ class Generation:
             raise ClientGone from error
         if self._cut is not None:
             raise self._cut
+        await self._blame(worker, gone=error.gone, took_it=error.took_it)
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
         if self._attempts >= limits.WORKERS_TRIED:
             raise error
+        # One that could not be connected to has had nothing of the request: to ask another is no second try.
+        if error.took_it and not self._gateway.dispatcher.retries.take():
+            raise error
+
+    async def _blame(self, worker: WorkerView, *, gone: bool, took_it: bool) -> None:
+        """A worker failed this request: what does that say of it, and of the request?"""
+        if not gone:
+            gone = not await self._gateway.client.is_there(worker)
+        if gone:
+            self._gateway.fleet.mark_unreachable(worker)
+        about = {"request_id": self._request_id, "worker": worker.name}
+        poison = self._gateway.dispatcher.poison
+        if gone and took_it and poison.note_death(self._fingerprint(), worker.id, worker.epoch):
+            logger.error("two workers died of a request", extra={"event": "request_poisonous"} | about)
+        if self._lease is not None and self._lease.failed():
+            logger.warning("a worker fails too often to be asked", extra={"event": "worker_ejected"} | about)
+
+    def _fingerprint(self) -> int:
+        """Of who asks what; in this process only."""
+        who = self._key.public_id if self._key is not None else ""
+        return hash((who, self._endpoint.path, self._demand.body))
 
     async def _answer_whole(self, route: RouteView, needs: frozenset[str], body: bytes) -> None:
         avoid: frozenset[int] = frozenset()
@@ -384,12 +406,13 @@ class Generation:
                 usage, answer = self._read(answer, worker)
                 break
             except WorkerUnreachable as error:
-                self._give_up(worker, error)
+                await self._give_up(worker, error)
                 avoid |= {worker.id}
         self._first_at = time.monotonic()
         self._count_usage(usage)
         # Free before the client has read it all: the worker's part is done.
         if self._lease is not None:
+            self._lease.succeeded()
             self._lease.release()
         if self._cut is not None:
             raise self._cut
@@ -426,11 +449,13 @@ class Generation:
                     if dialect is not None:
                         first = dialect.event(first)
                 except StopAsyncIteration:
-                    self._give_up(worker, WorkerUnreachable(f"{worker.name} answered with nothing."))
+                    nothing = WorkerUnreachable(f"{worker.name} answered with nothing.")
+                    await self._give_up(worker, nothing)
                 except (msgspec.DecodeError, UnicodeDecodeError):
-                    self._give_up(worker, WorkerUnreachable(f"{worker.name} sent an event that is none."))
+                    broken = WorkerUnreachable(f"{worker.name} sent an event that is none.")
+                    await self._give_up(worker, broken)
                 except WorkerUnreachable as error:
-                    self._give_up(worker, error)
+                    await self._give_up(worker, error)
                 else:
                     self._first_at = time.monotonic()
                     tail = _TAIL.search(first)
@@ -480,11 +505,15 @@ class Generation:
                 broke,
                 extra={"event": "worker_broke", "request_id": self._request_id},
             )
+            if self._worker is not None:
+                await self._blame(self._worker, gone=False, took_it=True)
             await self._end_with(broke)
             return
         if self._cut is not None:
             raise self._cut
         self._ended = True
+        if self._lease is not None:
+            self._lease.succeeded()
         self._entry.answered()
         await self._consumer.stream_end(b"data: [DONE]\n\n")
         # The client has all of it; what follows only lets the connection be used again.

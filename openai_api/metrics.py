@@ -125,6 +125,20 @@ def render(gateway: Gateway, *, version: str) -> bytes:
             [({"deployment": one.name}, len(one.workers)) for one in gateway.fleet.deployments],
         ),
         *_gauge(
+            "worker_ejected",
+            "1 while a worker failed so often that requests go to others.",
+            [
+                (
+                    {"deployment": one.worker.deployment_name, "worker": one.worker.name},
+                    not one.breaker_closed,
+                )
+                for one in gateway.fleet.tallies.values()
+            ],
+        ),
+        *_head("retries_total", "counter", "Requests that went to another worker, or might not any more."),
+        _line("retries_total", {"granted": "true"}, gateway.dispatcher.retries.granted),
+        _line("retries_total", {"granted": "false"}, gateway.dispatcher.retries.refused),
+        *_gauge(
             "spool_pending",
             "Ended requests that are not in the database yet.",
             [({}, gateway.spool.pending)] if gateway.started else [],

@@ -18,11 +18,11 @@ MAX_BLOCKS = 128
 class Demand:
     """One request. Made for each, so it keeps what it is given and computes the rest when asked."""
 
-    __slots__ = ("_blocks", "_body", "answer_tokens", "prompt_tokens")
+    __slots__ = ("_blocks", "answer_tokens", "body", "prompt_tokens")
 
     def __init__(self, body: bytes = b"", *, most_tokens: int | None = 0, answers: int = 1) -> None:
         """`body` is the JSON for the worker; `most_tokens` bounds each of the answers, None: nothing does."""
-        self._body = body
+        self.body = body
         self._blocks: tuple[int, ...] | None = None
         self.prompt_tokens = len(body) // BYTES_PER_TOKEN
         self.answer_tokens = answers * (
@@ -38,7 +38,7 @@ class Demand:
         """Hashes of the prompt's blocks, each of all up to its end: two prompts that begin alike share
         their first ones. Empty for a prompt shorter than a block. Good within this process only."""
         if self._blocks is None:
-            self._blocks = _blocks(self._body)
+            self._blocks = _blocks(self.body)
         return self._blocks
 
 

@@ -12,7 +12,9 @@ from operator import attrgetter
 from inference.dispatch.demand import NO_DEMAND, Demand
 from inference.dispatch.fleet import Fleet
 from inference.dispatch.leases import Lease, Tally
+from inference.dispatch.poison import Poison
 from inference.dispatch.policies import policy_named
+from inference.dispatch.retries import RetryBudget
 from inference.dispatch.views import DeploymentView, RouteView
 from inference.errors import NoCapacity
 
@@ -55,6 +57,8 @@ class Dispatcher:
     """Leases of one gateway process. Everything happens on one event loop."""
 
     def __init__(self, fleet: Fleet) -> None:
+        self.retries = RetryBudget()
+        self.poison = Poison()
         self._fleet = fleet
         self._queues: dict[int, OrderedDict[_Waiter, None]] = {}
         fleet.on_refresh(self._serve_all)
@@ -77,6 +81,8 @@ class Dispatcher:
         worker must honour. `demand`: what it costs, for the policies that care. Raises NoCapacity when
         no live worker could ever take it, when the queues are full, or at the deadline.
         """
+        if not avoid:
+            self.retries.note_request()
         lease = self._take(route, avoid, needs, demand)
         if lease is not None:
             return lease
@@ -114,11 +120,15 @@ class Dispatcher:
 
     def _free(self, deployment: DeploymentView, avoid: frozenset[int], needs: frozenset[str]) -> list[Tally]:
         tallies = self._fleet.tallies
-        free = []
+        free: list[Tally] = []
+        ejected: list[Tally] = []
         for worker in deployment.workers:
             tally = tallies[worker.id]
             if tally.free and worker.id not in avoid and needs <= worker.capabilities:
-                free.append(tally)
+                (free if tally.trusted else ejected).append(tally)
+        if ejected and not free and not self._could_serve(deployment, avoid, needs, trusted=True):
+            # A worker that fails often is better than none.
+            return ejected
         return free
 
     def _lease(
@@ -170,10 +180,20 @@ class Dispatcher:
             deadline.cancel()
             waiter.leave()
 
-    def _could_serve(self, deployment: DeploymentView, avoid: frozenset[int], needs: frozenset[str]) -> bool:
+    def _could_serve(
+        self,
+        deployment: DeploymentView,
+        avoid: frozenset[int],
+        needs: frozenset[str],
+        *,
+        trusted: bool = False,
+    ) -> bool:
         tallies = self._fleet.tallies
         return any(
-            tallies[worker.id].reachable and worker.id not in avoid and needs <= worker.capabilities
+            tallies[worker.id].reachable
+            and (not trusted or tallies[worker.id].breaker_closed)
+            and worker.id not in avoid
+            and needs <= worker.capabilities
             for worker in deployment.workers
         )
 

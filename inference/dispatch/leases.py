@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from inference.dispatch.breaker import Breaker
 from inference.dispatch.prefixes import Prefixes
 from inference.dispatch.views import WorkerView
 from inference.protocol import Load
@@ -39,6 +40,7 @@ class Tally:
         "_reported_at",
         "_unreachable_at",
         "_work",
+        "breaker",
         "leases",
         "others",
         "prefixes",
@@ -55,6 +57,8 @@ class Tally:
         self.speed = worker.speed
         self.usable = True
         """False while it is unreachable or its KV cache is full."""
+        self.breaker: Breaker | None = None
+        """None until it fails for the first time."""
         self.prefixes = Prefixes()
         self.turn = 0.0
         self._work = 0
@@ -68,6 +72,15 @@ class Tally:
     @property
     def load(self) -> float:
         return self.leases + self.others
+
+    @property
+    def trusted(self) -> bool:
+        """False while it fails so often that others are asked, if there are any."""
+        return self.breaker is None or self.breaker.lets(self.leases)
+
+    @property
+    def breaker_closed(self) -> bool:
+        return self.breaker is None or self.breaker.closed
 
     @property
     def work(self) -> float:
@@ -159,6 +172,20 @@ class Lease:
         self.queue_seconds = queue_seconds
         self._tally: Tally | None = tally
         self._freed = freed
+
+    def failed(self) -> bool:
+        """The worker failed this request. True when it is thereby kept from others for a while."""
+        tally = self._tally
+        if tally is None:
+            return False
+        if tally.breaker is None:
+            tally.breaker = Breaker()
+        return tally.breaker.failed()
+
+    def succeeded(self) -> None:
+        """The worker answered."""
+        if self._tally is not None and self._tally.breaker is not None:
+            self._tally.breaker.succeeded()
 
     def release(self) -> None:
         """Give the slot back and wake the first that waits for one; a second call does nothing."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from inference.dispatch.breaker import OPEN_SECONDS
 from inference.dispatch.dispatcher import Dispatcher
 from inference.dispatch.fleet import Fleet
 from inference.dispatch.leases import FADE_SECONDS, FRESH_SECONDS, Tally
@@ -383,3 +384,51 @@ def test_an_older_report_never_replaces_a_newer_one():
 
 def test_a_worker_view_never_shows_its_secret():
     assert "secret" not in repr(worker(1, secret="secret"))
+
+
+# -- breakers
+
+
+def fail_often(lease) -> None:
+    while not lease.failed():
+        pass
+    lease.release()
+
+
+async def test_a_worker_that_fails_often_is_left_alone_while_there_are_others(fleet, dispatcher):
+    both = deployment(1, worker(1, slots=9), worker(2, slots=9))
+    fleet.see(both)
+    fail_often(await dispatcher.acquire(route(both), avoid=frozenset({2})))
+    leases = [await dispatcher.acquire(route(both)) for _ in range(9)]
+    assert {lease.worker.id for lease in leases} == {2}
+    waiting = asyncio.create_task(dispatcher.acquire(route(both)))
+    await queued(dispatcher, 1)
+    leases.pop().release()
+    assert (await waiting).worker.id == 2, "better to wait a moment than to be failed"
+
+
+async def test_the_last_worker_is_asked_however_often_it_fails(fleet, dispatcher):
+    both = deployment(1, worker(1, slots=9), worker(2, slots=9))
+    fleet.see(both)
+    fail_often(await dispatcher.acquire(route(both), avoid=frozenset({2})))
+    assert (await dispatcher.acquire(route(both), avoid=frozenset({2}))).worker.id == 1
+    fail_often(await dispatcher.acquire(route(both), avoid=frozenset({1})))
+    assert (await dispatcher.acquire(route(both))).worker.id in (1, 2)
+
+
+async def test_one_that_succeeds_as_a_probe_gets_all_again(fleet, dispatcher, monkeypatch):
+    both = deployment(1, worker(1, slots=9), worker(2, slots=2))
+    fleet.see(both)
+    fail_often(await dispatcher.acquire(route(both), avoid=frozenset({2})))
+    now = time.monotonic() + OPEN_SECONDS
+    monkeypatch.setattr(fleet.tallies[1].breaker, "_clock", lambda: now)
+    others = [await dispatcher.acquire(route(both), avoid=frozenset({1})) for _ in range(2)]
+    probe = await dispatcher.acquire(route(both))
+    assert probe.worker.id == 1
+    waiting = asyncio.create_task(dispatcher.acquire(route(both)))
+    await queued(dispatcher, 1)
+    probe.succeeded()
+    probe.release()
+    assert (await waiting).worker.id == 1
+    assert (await dispatcher.acquire(route(both))).worker.id == 1
+    assert len(others) == 2

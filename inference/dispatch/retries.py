@@ -1,0 +1,43 @@
+"""How much of the load may be second tries: without a bound, workers in trouble get the most requests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+WINDOW_SECONDS = 10.0
+SHARE = 0.1
+"""Of the requests in a window, so many may be tried again."""
+LEAST = 3
+"""So many may in any case."""
+
+
+class RetryBudget:
+    """Of one gateway. Windows follow one another, each with what the last one left out of account."""
+
+    __slots__ = ("_clock", "_ends", "_requests", "_retries", "granted", "refused")
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._ends = clock() + WINDOW_SECONDS
+        self._requests = 0
+        self._retries = 0
+        self.granted = 0
+        self.refused = 0
+
+    def note_request(self) -> None:
+        """A request comes for the first time."""
+        self._requests += 1
+
+    def take(self) -> bool:
+        """May a request be tried once more?"""
+        now = self._clock()
+        if now >= self._ends:
+            self._requests = self._retries = 0
+            self._ends = now + WINDOW_SECONDS
+        if self._retries >= max(LEAST, SHARE * self._requests):
+            self.refused += 1
+            return False
+        self._retries += 1
+        self.granted += 1
+        return True
