@@ -16,7 +16,7 @@ from registry.actions.nodes import move_node
 from registry.actions.workers import move_worker
 from registry.errors import InvalidTransition
 from registry.models import Node, Worker
-from registry.querysets import heard_without_break
+from registry.querysets import heard_until
 from registry.states import NodeState, WorkerState
 
 log = logging.getLogger("roundhouse.liveness")
@@ -41,9 +41,8 @@ def reap(now: datetime) -> int:
 
     `now` is the database's clock. Does nothing unless a gateway was there to hear beats.
     """
-    if not heard_without_break(now, for_seconds=GRACE_SECONDS):
-        return 0
-    return _reap_nodes(now) + _reap_workers(now)
+    heard = heard_until(now, for_seconds=GRACE_SECONDS)
+    return 0 if heard is None else _reap_nodes(heard) + _reap_workers(heard)
 
 
 def _reap_nodes(now: datetime) -> int:

@@ -92,14 +92,20 @@ class LimitQuerySet(models.QuerySet["Limit"]):
         )
 
 
-def heard_without_break(now: datetime, *, for_seconds: float, fresh_seconds: float = 3.0) -> bool:
-    """Was a gateway there to hear beats during the last `for_seconds`, and is it still?
+def heard_until(now: datetime, *, for_seconds: float, fresh_seconds: float = 3.0) -> datetime | None:
+    """Up to when gateways heard beats, if one did so without a break for `for_seconds` and was there until a
+    moment ago; else None.
 
-    Silence counts only then: after a gateway or database return nobody is declared lost for a while.
+    Silence counts only up to then: nobody is blamed for what no gateway was there to hear, and after a gateway
+    or database return nobody is declared lost for a while.
     """
     from registry.models import Gateway
 
-    return Gateway.objects.filter(
-        listening_since__lte=now - timedelta(seconds=for_seconds),
-        seen_at__gte=now - timedelta(seconds=fresh_seconds),
-    ).exists()
+    return (
+        Gateway.objects.filter(
+            listening_since__lte=now - timedelta(seconds=for_seconds),
+            seen_at__gte=now - timedelta(seconds=fresh_seconds),
+        )
+        .aggregate(last=models.Max("seen_at"))
+        .get("last")
+    )

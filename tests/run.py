@@ -105,12 +105,9 @@ def main() -> int:
                     tests = ["tests/e2e", *([] if arguments.full else without(SEEN_BY_CLIENTS))]
                     runs.pytest("e2e-postgres", tests, DATABASE_URL=url, REDIS_URL=redis)
 
-        # These judge times and kill processes: nothing runs beside them but one another, and in
-        # `make test-full`, whose kills keep all cores busy, not even that.
-        with ThreadPoolExecutor(1 if arguments.full else 2) as lanes:
-            started = [lanes.submit(runs.pytest, "e2e-sqlite", ["tests/e2e"]), lanes.submit(e2e_on_postgres)]
-            for lane in started:
-                lane.result()
+        # These judge times and kill processes: nothing runs beside them.
+        runs.pytest("e2e-sqlite", ["tests/e2e"])
+        e2e_on_postgres()
     return runs.summary()
 
 

@@ -26,7 +26,7 @@ from tests.factories import make_deployment, make_node, make_worker
 pytestmark = pytest.mark.django_db
 
 
-def listening(now: datetime, *, since: float = 60, seen: float = 0.5) -> None:
+def listening(now: datetime, *, since: float = 60, seen: float = 0.0) -> None:
     """A gateway that has listened for `since` seconds and was last seen `seen` seconds ago."""
     Gateway.objects.create(
         name="g", listening_since=now - timedelta(seconds=since), seen_at=now - timedelta(seconds=seen)
@@ -123,6 +123,13 @@ def test_silence_counts_only_while_a_gateway_was_there_to_hear_it(
     assert reaped(worker_silent_for(now, 60, node=node), now) == WorkerState.READY, why
     node.refresh_from_db()
     assert node.state == NodeState.ONLINE, why
+
+
+def test_a_gateway_that_is_gone_did_not_hear_what_came_since(now: datetime) -> None:
+    """Killed 2.9 s ago, it may have missed a beat that was due then, and the next."""
+    listening(now, seen=2.9)
+    assert reaped(worker_silent_for(now, 5.4), now) == WorkerState.READY
+    assert reaped(worker_silent_for(now, 8.1), now) == WorkerState.SUSPECT
 
 
 def test_a_gateway_whose_presence_broke_begins_anew() -> None:

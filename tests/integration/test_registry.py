@@ -23,7 +23,7 @@ from registry.actions.usage import record_usage
 from registry.actions.workers import create_worker, move_worker
 from registry.errors import InvalidInput, InvalidTransition, JoinRefused, StillInUse
 from registry.models import ApiKey, Change, Event, Gateway, UsageEvent, Worker
-from registry.querysets import database_now, heard_without_break
+from registry.querysets import database_now, heard_until
 from registry.states import WORKER_LIVE, WORKER_TERMINAL, WORKER_TRANSITIONS, WorkerState
 from tests.factories import (
     make_api_key,
@@ -239,12 +239,12 @@ def test_an_event_that_breaks_a_rule_is_not_swallowed():
 
 def test_silence_counts_only_while_a_gateway_was_there_to_hear_it():
     now = database_now()
-    assert not heard_without_break(now, for_seconds=15)
+    assert not heard_until(now, for_seconds=15)
     note_gateway(name="g", unbroken=False)
-    assert not heard_without_break(database_now(), for_seconds=15)
+    assert not heard_until(database_now(), for_seconds=15)
     Gateway.objects.update(listening_since=now - timedelta(seconds=20))
     note_gateway(name="g", unbroken=True)
-    assert heard_without_break(database_now(), for_seconds=15)
+    assert heard_until(database_now(), for_seconds=15)
     note_gateway(name="g", unbroken=False)
-    assert not heard_without_break(database_now(), for_seconds=15)
-    assert not heard_without_break(now + timedelta(seconds=60), for_seconds=15)
+    assert not heard_until(database_now(), for_seconds=15)
+    assert not heard_until(now + timedelta(seconds=60), for_seconds=15)
