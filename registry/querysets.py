@@ -96,7 +96,7 @@ def heard_until(now: datetime, *, for_seconds: float, fresh_seconds: float = 3.0
     """Up to when gateways heard beats, if one did so without a break for `for_seconds` and was there until a
     moment ago; else None.
 
-    Silence counts only up to then: nobody is blamed for what no gateway was there to hear, and after a gateway
+    Silence counts only up to then: nobody is blamed for what no gateway could hear, and after a gateway
     or database return nobody is declared lost for a while.
     """
     from registry.models import Gateway
