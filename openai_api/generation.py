@@ -9,7 +9,7 @@
    set aside what it may cost, where a hard budget concerns it.
 7. Dispatch: a lease on a worker. One that fails before its first byte is replaced by another.
 8. Forward. The first event is taken before the status line is sent.
-9. Relay, counting tokens before the client sees them.
+9. Relay, counting tokens before the client sees them. A stream whose worker dies goes on elsewhere.
 10. Settle lease, entry and log line, whatever happened, in a `finally`.
 """
 
@@ -30,12 +30,13 @@ from inference.client import DONE
 from inference.dispatch.demand import NO_DEMAND, Demand
 from inference.dispatch.leases import Lease
 from inference.dispatch.views import RouteView, WorkerView
-from inference.errors import Poisonous, WorkerBroke, WorkerUnreachable
+from inference.errors import NoCapacity, Poisonous, WorkerBroke, WorkerUnreachable
 from inference.http import ClientGone, HttpConsumer, Request
 from openai_api import limits
 from openai_api.admission import Admitted
 from openai_api.answered import Answered
 from openai_api.auth import Key
+from openai_api.continuation import GoingOn, Said, says_nothing, usage_of
 from openai_api.dialects import Dialect, dialect_of
 from openai_api.endpoints import CHAT, Endpoint
 from openai_api.errors import (
@@ -94,6 +95,9 @@ class Generation:
         self._prompt = 0
         self._cached = 0
         self._completion = 0
+        self._before: tuple[int, int] | None = None
+        """Prompt and completion tokens when the last worker broke off; None while the first one answers."""
+        self._continuations = 0
         self._abort: asyncio.Task[None] | None = None
         self._task: asyncio.Task[object] | None = None
         self._cut: Exception | None = None
@@ -154,6 +158,8 @@ class Generation:
             if not self._started or self._consumer.client_gone or isinstance(error, ClientGone):
                 raise
             # It was told to wait already, or had some of its answer: the status line is out.
+            if self._before is not None and isinstance(error, NoCapacity | WorkerUnreachable):
+                error = WorkerBroke("No other worker could go on with the answer.")
             self._error = error
             await self._end_with(error)
 
@@ -248,7 +254,7 @@ class Generation:
     async def _tell_worker(self, worker: WorkerView) -> None:
         reply = await self._gateway.client.abort(worker, self._request_id)
         if reply is not None:
-            self._count(reply.prompt_tokens, reply.completion_tokens)
+            self._count(*self._in_all(reply.prompt_tokens, reply.completion_tokens))
 
     # -- 4, 5, 6
 
@@ -437,6 +443,7 @@ class Generation:
         shows_usage = call.shows_usage
         asked = self._endpoint.asked
         avoid: frozenset[int] = frozenset()
+        said = Said()
         while True:
             worker = await self._next_worker(route, needs, avoid)
             events = self._gateway.client.stream(worker, asked, body, request_id=self._request_id)
@@ -457,69 +464,125 @@ class Generation:
                 except WorkerUnreachable as error:
                     await self._give_up(worker, error)
                 else:
-                    self._first_at = time.monotonic()
+                    if self._first_at is None:
+                        self._first_at = time.monotonic()
                     tail = _TAIL.search(first)
                     await self._begin(0 if tail is None else int(tail[1]))
                     if dialect is not None:
                         events = _in_dialect(dialect, events)
-                    await self._relay(first, events, shows_usage)
-                    return
+                    broke = await self._relay(first, events, said, shows_usage)
+                    if broke is None:
+                        return
+                    await self._note_break(worker, broke)
+                    going_on = self._going_on(route, said)
+                    if going_on is None:
+                        raise broke
+                    if going_on.tokens_left == 0 or said.finished:
+                        await self._finish(said, shows_usage)
+                        return
+                    body = going_on.body
+                    needs = self._endpoint.needs | call.needs() | going_on.needs
             avoid |= {worker.id}
 
     # -- 9
 
-    async def _relay(self, first: bytes, events: AsyncGenerator[bytes], shows_usage: bool) -> None:
-        """Pass events on. Each carries the usage so far as its last key, cut off without parsing."""
+    async def _relay(
+        self, first: bytes, events: AsyncGenerator[bytes], said: Said, shows_usage: bool
+    ) -> WorkerBroke | None:
+        """Pass events on. Each carries the usage so far as its last key, cut off without parsing. Returns
+        what broke the answer off, None when it is whole."""
         if self._entry is None:
             raise AssertionError("an answer without an entry in the ledger")
         send, count, match_tail = self._consumer.stream_chunk, self._entry.count, _TAIL.match
+        keep = said.add
         usage_instead = b',"usage":null}\n\n' if shows_usage else b"}\n\n"
+        earlier, written = self._before or (0, 0)
         event = first
         try:
+            if self._before is not None and says_nothing(event):
+                event = await anext(events)
             while event != DONE:
                 at = event.rfind(b',"usage":{')
                 tail = match_tail(event, at) if at > 0 else None
                 if tail is not None:
-                    self._prompt, self._completion = prompt, completion = int(tail[1]), int(tail[2])
+                    self._prompt, self._completion = prompt, completion = (
+                        earlier or int(tail[1]),
+                        written + int(tail[2]),
+                    )
                     count(prompt_tokens=prompt, completion_tokens=completion, cached_tokens=self._cached)
                     if not event.endswith(_NO_CHOICES, 0, at):
                         await send(event[:at] + usage_instead)
+                        keep(event)
                     else:
-                        if cached := _CACHED.search(event, at):
+                        if not earlier and (cached := _CACHED.search(event, at)):
                             self._count(prompt, completion, int(cached[1]))
                         if shows_usage:
-                            await send(event + b"\n\n")
+                            await send((said.usage(prompt, completion) if earlier else event) + b"\n\n")
                 else:
-                    await self._relay_other(event, shows_usage)
+                    await self._relay_other(event, said, shows_usage)
                 event = await anext(events)
-        except (WorkerBroke, StopAsyncIteration) as error:
-            if self._cut is not None:
-                raise self._cut from None
-            broke = error if isinstance(error, WorkerBroke) else WorkerBroke("The stream ended early.")
-            self._error = broke
-            if self._consumer.client_gone:
-                # It broke off because we told it to.
-                return
-            logger.warning(
-                "a worker broke off its answer: %s",
-                broke,
-                extra={"event": "worker_broke", "request_id": self._request_id},
-            )
-            if self._worker is not None:
-                await self._blame(self._worker, gone=False, took_it=True)
-            await self._end_with(broke)
-            return
+        except WorkerBroke as error:
+            return error
+        except StopAsyncIteration:
+            return WorkerBroke("The stream ended early.")
         if self._cut is not None:
             raise self._cut
+        await self._end_whole()
+        # The client has all of it; what follows only lets the connection be used again.
+        await anext(events, None)
+        return None
+
+    async def _end_whole(self) -> None:
         self._ended = True
         if self._lease is not None:
             self._lease.succeeded()
-        self._entry.answered()
+        if self._entry is not None:
+            self._entry.answered()
         await self._consumer.stream_end(b"data: [DONE]\n\n")
-        # The client has all of it; what follows only lets the connection be used again.
-        await anext(events, None)
 
-    async def _relay_other(self, event: bytes, shows_usage: bool) -> None:
+    async def _note_break(self, worker: WorkerView, broke: WorkerBroke) -> None:
+        """Raises where nobody waits for the rest."""
+        if self._cut is not None:
+            raise self._cut from None
+        if self._consumer.client_gone:
+            raise ClientGone from broke  # it broke off because we told it to
+        logger.warning(
+            "a worker broke off its answer: %s",
+            broke,
+            extra={"event": "worker_broke", "request_id": self._request_id, "worker": worker.name},
+        )
+        await self._blame(worker, gone=False, took_it=True)
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
+
+    def _going_on(self, route: RouteView, said: Said) -> GoingOn | None:
+        """How the next worker can go on, if one can."""
+        if not route.continues or self._continuations >= limits.CONTINUATIONS:
+            return None
+        self._continuations += 1
+        self._before = self._prompt, self._completion
+        try:
+            return said.continued(self._demand.body, tokens=self._completion)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return None
+
+    async def _finish(self, said: Said, shows_usage: bool) -> None:
+        """All tokens were sent; what the worker died over is the end of the stream."""
+        send = self._consumer.stream_chunk
+        if not said.finished:
+            await send(said.ending(usage=shows_usage) + b"\n\n")
+        if shows_usage:
+            await send(said.usage(self._prompt, self._completion) + b"\n\n")
+        await self._end_whole()
+
+    def _in_all(self, prompt: int, completion: int) -> tuple[int, int]:
+        """What the client's request has cost, by a worker's count, who may go on with another's answer."""
+        if self._before is None:
+            return prompt, completion
+        return self._before[0] or prompt, self._before[1] + completion
+
+    async def _relay_other(self, event: bytes, said: Said, shows_usage: bool) -> None:
         """An event whose usage is not where ours puts it: taken apart and put together again."""
         if event.startswith(_ERROR):
             raise WorkerBroke("The worker reported an error in mid-answer.")
@@ -538,16 +601,21 @@ class Generation:
             if not chunk.get("choices"):
                 if not shows_usage:
                     return
+                if self._before is not None:
+                    usage = usage_of(self._prompt, self._completion)
                 chunk["usage"] = usage
         if shows_usage:
             chunk.setdefault("usage", None)
+        if chunk.get("choices"):
+            said.add(event)
         await self._consumer.stream_chunk(b"data: " + msgspec.json.encode(chunk) + b"\n\n")
 
     def _count_usage(self, usage: _Usage) -> None:
         details = usage.prompt_tokens_details
         # Some rerankers tell the sum only.
         prompt = usage.prompt_tokens or max(0, usage.total_tokens - usage.completion_tokens)
-        self._count(prompt, usage.completion_tokens, (details and details.cached_tokens) or 0)
+        cached = details.cached_tokens if details is not None and self._before is None else None
+        self._count(*self._in_all(prompt, usage.completion_tokens), cached or 0)
 
     def _count(self, prompt: int, completion: int, cached: int = 0) -> None:
         """Never less than before: what a client has seen is paid for."""

@@ -60,3 +60,5 @@ TRUE_UP_SECONDS = 1.0
 
 WORKERS_TRIED = 3
 """How many workers one request may try before its first byte."""
+CONTINUATIONS = 3
+"""How often one stream goes on with another worker after its first byte."""

@@ -23,7 +23,7 @@ from inference.protocol import BeatOrder, Load
 from registry.keys import worker_secret
 from registry.models import Change, Deployment, Route, RouteTarget, Worker
 from registry.states import WORKER_LIVE, WORKER_TERMINAL, WorkerState
-from registry.threads import in_database
+from registry.threads import read_from_database
 
 logger = logging.getLogger("roundhouse.fleet")
 
@@ -56,6 +56,8 @@ class _Structure:
     """Without workers."""
     routes: dict[str, list[tuple[int, int]]]
     """Deployment ids and weights."""
+    breaking: frozenset[str] = frozenset()
+    """Routes whose streams end with their worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +209,7 @@ class Fleet:
         due = time.monotonic() - self._structure_at >= STRUCTURE_SECONDS
         try:
             began = time.monotonic()
-            reading = await in_database(_read, unknown, self._seen_changes, with_structure=due)
+            reading = await read_from_database(_read, unknown, self._seen_changes, with_structure=due)
             self._apply(reading, unknown, began)
         except Exception as error:
             if not self._away:
@@ -297,6 +299,7 @@ class Fleet:
             name: RouteView(
                 name=name,
                 targets=tuple((self._deployments[target], weight) for target, weight in targets),
+                continues=name not in self._structure.breaking,
             )
             for name, targets in self._structure.routes.items()
         }
@@ -385,11 +388,10 @@ def _read_structure() -> _Structure:
         )
     }
     # A route without targets is known too: its requests are refused for capacity, not as unknown.
-    routes: dict[str, list[tuple[int, int]]] = {
-        name: [] for name in Route.objects.filter(enabled=True).values_list("name", flat=True)
-    }
+    continues = dict(Route.objects.filter(enabled=True).values_list("name", "continues"))
+    routes: dict[str, list[tuple[int, int]]] = {name: [] for name in continues}
     targets = RouteTarget.objects.order_by("id")
     for name, deployment_id, weight in targets.values_list("route__name", "deployment_id", "weight"):
         if name in routes and deployment_id in deployments:
             routes[name].append((deployment_id, weight))
-    return _Structure(deployments, routes)
+    return _Structure(deployments, routes, frozenset(name for name in routes if not continues[name]))

@@ -52,3 +52,5 @@ class RouteView:
     name: str
     targets: tuple[tuple[DeploymentView, int], ...]
     """Deployments with their weights (≥ 1)."""
+    continues: bool = True
+    """A stream whose worker dies goes on with another."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 import zlib
@@ -55,6 +56,15 @@ def lorem(seed: bytes) -> Iterator[str]:
     yield choose.choice(_WORDS).capitalize()
     while True:
         yield " " + choose.choice(_WORDS)
+
+
+def after(words: Iterator[str], characters: int) -> tuple[Iterator[str], int]:
+    """The words after so many characters, the first perhaps from its middle, and how many came before."""
+    for before, word in enumerate(words):
+        if characters < len(word):
+            return itertools.chain([word[characters:]], words), before
+        characters -= len(word)
+    return iter(()), 0
 
 
 class Telling:

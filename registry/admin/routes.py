@@ -24,7 +24,7 @@ class RouteAdmin(admin.ModelAdmin):
     list_display = ["name", "enabled", "answered_by"]
     list_filter = ["enabled"]
     search_fields = ["name"]
-    fields = ["name", "enabled", "events"]
+    fields = ["name", "enabled", "continues", "events"]
     readonly_fields = ["events"]
     inlines = [TargetInline]
 

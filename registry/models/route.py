@@ -12,6 +12,12 @@ class Route(models.Model):
         max_length=120, unique=True, validators=[validate_name], help_text='What clients send as "model".'
     )
     enabled = models.BooleanField(default=True)
+    continues = models.BooleanField(
+        "goes on with another worker",
+        default=True,
+        help_text="A streamed text whose worker dies goes on with another, from what was sent. "
+        "Otherwise it ends with an error.",
+    )
     deployments = models.ManyToManyField(
         "registry.Deployment", through="registry.RouteTarget", related_name="routes"
     )
