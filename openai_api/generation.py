@@ -29,6 +29,7 @@ from django.db import Error as DatabaseError
 from inference.client import DONE
 from inference.dispatch.demand import NO_DEMAND, Demand
 from inference.dispatch.leases import Lease
+from inference.dispatch.queue import Wish
 from inference.dispatch.views import RouteView, WorkerView
 from inference.errors import NoCapacity, Poisonous, WorkerBroke, WorkerUnreachable
 from inference.http import ClientGone, HttpConsumer, Request
@@ -348,10 +349,15 @@ class Generation:
     ) -> WorkerView:
         if self._gateway.dispatcher.poison.refuses(self._fingerprint):
             raise Poisonous("Two workers died while they had this request.")
-        rank = PRIORITY_ORDER[self._key.priority] if self._key is not None else 1
-        lease = self._lease = await self._gateway.dispatcher.acquire(
-            route, avoid=avoid, needs=needs, rank=rank, demand=self._demand
+        key = self._key
+        wish = Wish(
+            avoid=avoid,
+            needs=needs,
+            rank=PRIORITY_ORDER[key.priority] if key is not None else 1,
+            project=key.project_id if key is not None else 0,
+            demand=self._demand,
         )
+        lease = self._lease = await self._gateway.dispatcher.acquire(route, wish)
         self._queued += lease.queue_seconds
         self._attempts += 1
         self._worker = lease.worker

@@ -6,51 +6,20 @@ import asyncio
 import logging
 import random
 import time
-from collections import OrderedDict
-from operator import attrgetter
 
-from inference.dispatch.demand import NO_DEMAND, Demand
+from inference.dispatch.demand import Demand
 from inference.dispatch.fleet import Fleet
 from inference.dispatch.leases import Lease, Tally
 from inference.dispatch.poison import Poison
 from inference.dispatch.policies import policy_named
+from inference.dispatch.queue import Queue, Waiter, Wish
 from inference.dispatch.retries import RetryBudget
 from inference.dispatch.views import DeploymentView, RouteView
 from inference.errors import NoCapacity
 
 logger = logging.getLogger("roundhouse.dispatch")
 
-NOTHING: frozenset[int] = frozenset()
-NO_NEEDS: frozenset[str] = frozenset()
-
-
-class _Waiter:
-    """A request in the queues of its route's deployments, until the first of three: a lease, its
-    deadline, its client's leaving."""
-
-    __slots__ = ("avoid", "demand", "future", "needs", "queues", "rank", "since")
-
-    def __init__(self, avoid: frozenset[int], needs: frozenset[str], rank: int, demand: Demand) -> None:
-        self.future: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
-        self.avoid = avoid
-        self.needs = needs
-        self.rank = rank
-        self.demand = demand
-        self.since = time.monotonic()
-        self.queues: list[OrderedDict[_Waiter, None]] = []
-
-    def leave(self) -> None:
-        for queue in self.queues:
-            queue.pop(self, None)
-        self.queues.clear()
-
-    def expire(self) -> None:
-        self.leave()
-        if not self.future.done():
-            waited = time.monotonic() - self.since
-            self.future.set_exception(
-                NoCapacity(_retry_after(), f"All workers were busy for {waited:.0f} seconds.")
-            )
+NO_WISH = Wish()
 
 
 class Dispatcher:
@@ -60,54 +29,40 @@ class Dispatcher:
         self.retries = RetryBudget()
         self.poison = Poison()
         self._fleet = fleet
-        self._queues: dict[int, OrderedDict[_Waiter, None]] = {}
+        self._queues: dict[int, Queue] = {}
         fleet.on_refresh(self._serve_all)
 
-    async def acquire(
-        self,
-        route: RouteView,
-        *,
-        avoid: frozenset[int] = NOTHING,
-        needs: frozenset[str] = NO_NEEDS,
-        rank: int = 1,
-        demand: Demand = NO_DEMAND,
-    ) -> Lease:
+    async def acquire(self, route: RouteView, wish: Wish = NO_WISH) -> Lease:
         """A lease on a worker of this route; the caller releases it in a `finally`.
 
         A deployment is drawn by weight among those with a free worker, then a worker by its policy.
-        When all are saturated the request waits for the first that is freed: the lowest `rank` first,
-        and first come first served among equals.
-        `avoid`: ids of workers that failed this request already. `needs`: request fields that the
-        worker must honour. `demand`: what it costs, for the policies that care. Raises NoCapacity when
-        no live worker could ever take it, when the queues are full, or at the deadline.
+        When all are saturated the request waits for the first that is freed, in the order of `Queue`.
+        Raises NoCapacity when no live worker could ever take it, when the queues are full, or at the
+        deadline.
         """
-        if not avoid:
+        if not wish.avoid:
             self.retries.note_request()
-        lease = self._take(route, avoid, needs, demand)
-        if lease is not None:
-            return lease
-        return await self._wait(route, avoid, needs, rank, demand)
+        lease = self._take(route, wish)
+        return lease if lease is not None else await self._wait(route, wish)
 
     def waiting(self, deployment_id: int) -> int:
         """How many requests wait for this deployment."""
         queue = self._queues.get(deployment_id)
-        return len(queue) if queue else 0
+        return 0 if queue is None else len(queue)
 
     # -- without waiting
 
-    def _take(
-        self, route: RouteView, avoid: frozenset[int], needs: frozenset[str], demand: Demand
-    ) -> Lease | None:
+    def _take(self, route: RouteView, wish: Wish) -> Lease | None:
         targets = route.targets
         if len(targets) == 1:
             deployment = self._fleet.current(targets[0][0])
-            free = self._free(deployment, avoid, needs)
-            return self._lease(deployment, free, demand, 0.0) if free else None
+            free = self._free(deployment, wish)
+            return self._lease(deployment, free, wish.demand, 0.0) if free else None
         choices: list[tuple[DeploymentView, list[Tally], int]] = []
         total = 0
         for target, weight in targets:
             deployment = self._fleet.current(target)
-            free = self._free(deployment, avoid, needs)
+            free = self._free(deployment, wish)
             if free:
                 choices.append((deployment, free, weight))
                 total += weight
@@ -115,18 +70,18 @@ class Dispatcher:
         for deployment, free, weight in choices:
             drawn -= weight
             if drawn < 0:
-                return self._lease(deployment, free, demand, 0.0)
+                return self._lease(deployment, free, wish.demand, 0.0)
         return None
 
-    def _free(self, deployment: DeploymentView, avoid: frozenset[int], needs: frozenset[str]) -> list[Tally]:
-        tallies = self._fleet.tallies
+    def _free(self, deployment: DeploymentView, wish: Wish) -> list[Tally]:
+        tallies, avoid, needs = self._fleet.tallies, wish.avoid, wish.needs
         free: list[Tally] = []
         ejected: list[Tally] = []
         for worker in deployment.workers:
             tally = tallies[worker.id]
             if tally.free and worker.id not in avoid and needs <= worker.capabilities:
                 (free if tally.trusted else ejected).append(tally)
-        if ejected and not free and not self._could_serve(deployment, avoid, needs, trusted=True):
+        if ejected and not free and not self._could_serve(deployment, wish, trusted=True):
             # A worker that fails often is better than none.
             return ejected
         return free
@@ -143,28 +98,23 @@ class Dispatcher:
 
     # -- with waiting
 
-    async def _wait(
-        self,
-        route: RouteView,
-        avoid: frozenset[int],
-        needs: frozenset[str],
-        rank: int,
-        demand: Demand,
-    ) -> Lease:
+    async def _wait(self, route: RouteView, wish: Wish) -> Lease:
         usable = [
             deployment
             for deployment in (self._fleet.current(target) for target, _ in route.targets)
-            if self._could_serve(deployment, avoid, needs)
+            if self._could_serve(deployment, wish)
         ]
         if not usable:
-            raise NoCapacity(_retry_after(), f"No live worker of {route.name} can take the request.")
+            retry = 1.0 + 2.0 * random.random()  # noqa: S311 - spreads retries, hides nothing
+            raise NoCapacity(retry, f"No live worker of {route.name} can take the request.")
         open_to = [one for one in usable if self.waiting(one.id) < one.queue_limit]
         if not open_to:
-            raise NoCapacity(_retry_after(), f"The queue of {route.name} is full.")
-        waiter = _Waiter(avoid, needs, rank, demand)
+            soonest = min(self._queues[one.id].retry_after() for one in usable)
+            raise NoCapacity(soonest, f"The queue of {route.name} is full.")
+        waiter = Waiter(wish)
         for deployment in open_to:
-            queue = self._queues.setdefault(deployment.id, OrderedDict())
-            queue[waiter] = None
+            queue = self._queues.setdefault(deployment.id, Queue())
+            queue.add(waiter)
             waiter.queues.append(queue)
         longest = max(deployment.queue_seconds for deployment in open_to)
         deadline = asyncio.get_running_loop().call_later(longest, waiter.expire)
@@ -180,20 +130,13 @@ class Dispatcher:
             deadline.cancel()
             waiter.leave()
 
-    def _could_serve(
-        self,
-        deployment: DeploymentView,
-        avoid: frozenset[int],
-        needs: frozenset[str],
-        *,
-        trusted: bool = False,
-    ) -> bool:
+    def _could_serve(self, deployment: DeploymentView, wish: Wish, *, trusted: bool = False) -> bool:
         tallies = self._fleet.tallies
         return any(
             tallies[worker.id].reachable
             and (not trusted or tallies[worker.id].breaker_closed)
-            and worker.id not in avoid
-            and needs <= worker.capabilities
+            and worker.id not in wish.avoid
+            and wish.needs <= worker.capabilities
             for worker in deployment.workers
         )
 
@@ -210,23 +153,17 @@ class Dispatcher:
         deployment = self._fleet.deployment(deployment_id)
         if deployment is None:
             return
-        # Sorting is stable: equals stay in the order in which they came.
-        for waiter in sorted(queue, key=_RANK):
+        for waiter in queue.in_order():
             if waiter.future.done():
                 # Its client left; its task has not run since.
                 continue
-            free = self._free(deployment, waiter.avoid, waiter.needs)
+            wish = waiter.wish
+            free = self._free(deployment, wish)
             if free:
-                lease = self._lease(deployment, free, waiter.demand, time.monotonic() - waiter.since)
+                lease = self._lease(deployment, free, wish.demand, time.monotonic() - waiter.since)
+                queue.note_grant(waiter)
                 waiter.leave()
                 waiter.future.set_result(lease)
-            elif not waiter.avoid and not waiter.needs:
+            elif not wish.avoid and not wish.needs:
                 # Nothing is free for anybody. (One that is choosy does not hold up those behind it.)
                 return
-
-
-_RANK = attrgetter("rank")
-
-
-def _retry_after() -> float:
-    return 1.0 + 2.0 * random.random()  # noqa: S311 - spreads retries, hides nothing

@@ -97,22 +97,23 @@ async def test_the_text_is_that_of_an_unbroken_answer(two, ending: str):
         [chunk.choices[0].finish_reason for chunk in whole if chunk.choices][-1]
     )
     assert len({chunk.id for chunk in broken}) == 1
+    # A word of which a part was held back, for it might have begun the stop string, is generated twice.
+    twice = 1 if ending == "a stop string" else 0
     usage, expected = broken[-1].usage, whole[-1].usage
-    assert (usage.prompt_tokens, usage.total_tokens) == (expected.prompt_tokens, expected.total_tokens)
+    assert usage.prompt_tokens == expected.prompt_tokens
+    assert 0 <= usage.completion_tokens - expected.completion_tokens <= twice
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
 
     def events() -> list[UsageEvent]:
         return list(UsageEvent.objects.order_by("started_at"))
 
     asked = 3 if ending == "a stop string" else 2
-    *_, first, second = await in_database(
+    *_, event = await in_database(
         lambda: eventually(lambda: len(events()) == asked and events(), "all events")
     )
-    assert (second.prompt_tokens, second.completion_tokens, second.outcome) == (
-        first.prompt_tokens,
-        first.completion_tokens,
-        "ok",
-    )
-    assert second.attempts == 2
+    told = (usage.prompt_tokens, usage.completion_tokens, "ok")
+    assert (event.prompt_tokens, event.completion_tokens, event.outcome) == told
+    assert event.attempts == 2
 
 
 async def test_a_completion_goes_on_to_its_length(two):

@@ -13,6 +13,7 @@ from inference.dispatch.breaker import OPEN_SECONDS
 from inference.dispatch.dispatcher import Dispatcher
 from inference.dispatch.fleet import Fleet
 from inference.dispatch.leases import FADE_SECONDS, FRESH_SECONDS, Tally
+from inference.dispatch.queue import Wish
 from inference.dispatch.views import DeploymentView, RouteView, WorkerView
 from inference.errors import NoCapacity
 from inference.protocol import Load
@@ -135,7 +136,7 @@ async def test_the_queue_is_served_by_rank_and_then_in_order(fleet, dispatcher):
     served: list[int] = []
 
     async def wait(number: int, rank: int) -> None:
-        lease = await dispatcher.acquire(route(one), rank=rank)
+        lease = await dispatcher.acquire(route(one), Wish(rank=rank))
         served.append(number)
         lease.release()
 
@@ -256,24 +257,24 @@ async def test_workers_that_failed_this_request_are_avoided(fleet, dispatcher):
     one = deployment(1, worker(1, slots=9), worker(2, slots=9))
     fleet.see(one)
     for _ in range(8):
-        assert (await dispatcher.acquire(route(one), avoid=frozenset({1}))).worker.id == 2
+        assert (await dispatcher.acquire(route(one), Wish(avoid=frozenset({1})))).worker.id == 2
     with pytest.raises(NoCapacity):
-        await dispatcher.acquire(route(one), avoid=frozenset({1, 2}))
+        await dispatcher.acquire(route(one), Wish(avoid=frozenset({1, 2})))
 
 
 async def test_only_a_worker_that_honours_what_is_needed_is_leased(fleet, dispatcher):
     one = deployment(1, worker(1), worker(2, capabilities=frozenset({"seed", "stop"})))
     fleet.see(one)
-    lease = await dispatcher.acquire(route(one), needs=frozenset({"seed"}))
+    lease = await dispatcher.acquire(route(one), Wish(needs=frozenset({"seed"})))
     assert lease.worker.id == 2
-    choosy = asyncio.create_task(dispatcher.acquire(route(one), needs=frozenset({"seed"})))
+    choosy = asyncio.create_task(dispatcher.acquire(route(one), Wish(needs=frozenset({"seed"}))))
     await queued(dispatcher, 1)
     # Worker 1 is free: the choosy one does not hold up the next.
     (await dispatcher.acquire(route(one))).release()
     lease.release()
     (await choosy).release()
     with pytest.raises(NoCapacity):
-        await dispatcher.acquire(route(one), needs=frozenset({"never"}))
+        await dispatcher.acquire(route(one), Wish(needs=frozenset({"never"})))
 
 
 async def test_traffic_is_shared_by_weight_among_deployments_with_a_free_worker(fleet, dispatcher):
@@ -398,7 +399,7 @@ def fail_often(lease) -> None:
 async def test_a_worker_that_fails_often_is_left_alone_while_there_are_others(fleet, dispatcher):
     both = deployment(1, worker(1, slots=9), worker(2, slots=9))
     fleet.see(both)
-    fail_often(await dispatcher.acquire(route(both), avoid=frozenset({2})))
+    fail_often(await dispatcher.acquire(route(both), Wish(avoid=frozenset({2}))))
     leases = [await dispatcher.acquire(route(both)) for _ in range(9)]
     assert {lease.worker.id for lease in leases} == {2}
     waiting = asyncio.create_task(dispatcher.acquire(route(both)))
@@ -410,19 +411,19 @@ async def test_a_worker_that_fails_often_is_left_alone_while_there_are_others(fl
 async def test_the_last_worker_is_asked_however_often_it_fails(fleet, dispatcher):
     both = deployment(1, worker(1, slots=9), worker(2, slots=9))
     fleet.see(both)
-    fail_often(await dispatcher.acquire(route(both), avoid=frozenset({2})))
-    assert (await dispatcher.acquire(route(both), avoid=frozenset({2}))).worker.id == 1
-    fail_often(await dispatcher.acquire(route(both), avoid=frozenset({1})))
+    fail_often(await dispatcher.acquire(route(both), Wish(avoid=frozenset({2}))))
+    assert (await dispatcher.acquire(route(both), Wish(avoid=frozenset({2})))).worker.id == 1
+    fail_often(await dispatcher.acquire(route(both), Wish(avoid=frozenset({1}))))
     assert (await dispatcher.acquire(route(both))).worker.id in (1, 2)
 
 
 async def test_one_that_succeeds_as_a_probe_gets_all_again(fleet, dispatcher, monkeypatch):
     both = deployment(1, worker(1, slots=9), worker(2, slots=2))
     fleet.see(both)
-    fail_often(await dispatcher.acquire(route(both), avoid=frozenset({2})))
+    fail_often(await dispatcher.acquire(route(both), Wish(avoid=frozenset({2}))))
     now = time.monotonic() + OPEN_SECONDS
     monkeypatch.setattr(fleet.tallies[1].breaker, "_clock", lambda: now)
-    others = [await dispatcher.acquire(route(both), avoid=frozenset({1})) for _ in range(2)]
+    others = [await dispatcher.acquire(route(both), Wish(avoid=frozenset({1}))) for _ in range(2)]
     probe = await dispatcher.acquire(route(both))
     assert probe.worker.id == 1
     waiting = asyncio.create_task(dispatcher.acquire(route(both)))
