@@ -90,6 +90,9 @@ class Generation:
         self._worker: WorkerView | None = None
         self._attempts = 0
         self._queued = 0.0
+        self._known_at = self._began
+        self._asked_at = self._began
+        """When its key was known, and when the last worker was asked."""
         self._first_at: float | None = None
         self._status = 500
         self._error: BaseException | None = None
@@ -111,6 +114,7 @@ class Generation:
         self._http = consumer
         async with self._settled():
             self._key = await self._gateway.keys.admit(request, self._endpoint.scope)  # 1
+            self._known_at = time.monotonic()
             check_headers(request.headers)
             # No name for it here: `_answer` lets it go once it is parsed, however long the answer takes.
             await self._answer(self._key, await consumer.read_body(limits.BODY_BYTES))  # 2
@@ -361,7 +365,20 @@ class Generation:
         self._queued += lease.queue_seconds
         self._attempts += 1
         self._worker = lease.worker
+        self._asked_at = time.monotonic()
         return lease.worker
+
+    def _note_first(self) -> None:
+        """The worker's first byte is here: tell where the time until then went, if it is not too late."""
+        self._first_at = first = time.monotonic()
+        if self._http is None or self._started:
+            return
+        auth, queue = self._known_at - self._began, self._queued
+        dispatch, upstream = self._asked_at - self._known_at - queue, first - self._asked_at
+        times = b"auth;dur=%.2f, queue;dur=%.2f, dispatch;dur=%.2f, upstream;dur=%.2f" % (
+            *(auth * 1000, queue * 1000, dispatch * 1000, upstream * 1000),
+        )
+        self._http.answer_headers.append((b"server-timing", times))
 
     async def _give_up(self, worker: WorkerView, error: WorkerUnreachable) -> None:
         """Go on to another worker, or raise: too many were tried, or nobody waits any more."""
@@ -420,7 +437,7 @@ class Generation:
             except WorkerUnreachable as error:
                 await self._give_up(worker, error)
                 avoid |= {worker.id}
-        self._first_at = time.monotonic()
+        self._note_first()
         self._count_usage(usage)
         # Free before the client has read it all: the worker's part is done.
         if self._lease is not None:
@@ -471,7 +488,7 @@ class Generation:
                     await self._give_up(worker, error)
                 else:
                     if self._first_at is None:
-                        self._first_at = time.monotonic()
+                        self._note_first()
                     tail = _TAIL.search(first)
                     await self._begin(0 if tail is None else int(tail[1]))
                     if dialect is not None:

@@ -79,6 +79,7 @@ API_HEADERS: dict[bytes, bytes] = {
 EXPOSED = b", ".join(
     [
         *(b"x-request-id", b"request-id", b"openai-processing-ms", b"retry-after", b"x-should-retry"),
+        b"server-timing",
         *(b"x-ratelimit-limit-requests", b"x-ratelimit-remaining-requests", b"x-ratelimit-reset-requests"),
         *(b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens"),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import socket
 import time
 from typing import Any
@@ -76,6 +77,9 @@ def test_answers_carry_a_request_id_and_the_headers_of_the_api(served: Served) -
     assert answer.headers["cache-control"] == "no-store"
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert int(answer.headers["openai-processing-ms"]) >= 0
+    times = dict(re.findall(r"(\w+);dur=([0-9.]+)", answer.headers["server-timing"]))
+    assert times.keys() == {"auth", "queue", "dispatch", "upstream"}
+    assert float(times["upstream"]) > 0
     assert answer.json()["id"] == f"chatcmpl-{answer.headers['x-request-id']}"
     # Ours always: one that a client sends could repeat another's in the ledger.
     assert served.chat(say("hi"), "x-request-id: mine").headers["x-request-id"].startswith("req_")
