@@ -14,17 +14,38 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench import accounting, ledger
 from bench.load import Tally, Target, run
 from registry.keys import worker_secret
 from tests.e2e.conftest import Roundhouse, eventually, new_roundhouse
 
 TOKENS = 64
 
+KEY = """
+from registry.actions.api_keys import issue_api_key
+from registry.actions.budgets import save_budget
+from registry.actions.limits import save_limit
+from registry.models import Budget, Limit, Project
+key, text = issue_api_key(name="bench", project=Project.objects.first(), by="bench")
+"""
+LIMITED = """
+for metric in ("requests", "tokens"):
+    save_limit(limit=Limit(api_key=key, metric=metric, per="minute", amount=10**9), by="bench")
+"""
+BUDGETED = """
+save_budget(budget=Budget(scope="key", subject=key.public_id, unit="tokens", limit=10**12), by="bench")
+"""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description="What a request costs the gateway.")
     parser.add_argument("--requests", type=int, default=3000, help="plain requests per run (default 3000)")
+    parser.add_argument("--events", type=int, help="only measure reports over so many events; takes long")
+    parser.add_argument("--database", help="for --events: a PostgreSQL server's URL (default: SQLite)")
     arguments = parser.parse_args()
+    if arguments.events:
+        table(ledger.measured(arguments.events, arguments.database))
+        return
     data = Path(tempfile.mkdtemp(prefix="rh-bench-"))
     roundhouse = new_roundhouse(data)
     try:
@@ -41,7 +62,7 @@ def main() -> None:
         )
         roundhouse.deploy_simulated("instant", token_seconds=0.0)
         roundhouse.deploy_simulated("paced", token_seconds=0.02)
-        report(Bench(roundhouse), arguments.requests)
+        table(report(Bench(roundhouse), arguments.requests))
     finally:
         roundhouse.down()
         shutil.rmtree(data, ignore_errors=True)
@@ -55,7 +76,14 @@ class Bench:
         self.gateway = roundhouse.part("gateway")
 
     def load(
-        self, *, requests: int, connections: int, stream: bool, model: str = "instant", tokens: int = TOKENS
+        self,
+        *,
+        requests: int,
+        connections: int,
+        stream: bool,
+        model: str = "instant",
+        tokens: int = TOKENS,
+        key: str = "",
     ) -> tuple[Tally, float]:
         """Run one load; returns what the clients saw and the gateway's CPU seconds meanwhile.
 
@@ -64,7 +92,7 @@ class Bench:
         facts = self.roundhouse.credentials
         before = self.settled_events()
         body = self.body(stream=stream, model=model, tokens=tokens)
-        target = Target(facts["base_url"], facts["api_key"], body)
+        target = Target(facts["base_url"], key or facts["api_key"], body)
         started = self.cpu()
         tally = asyncio.run(run(target, requests=requests, connections=connections))
         eventually(
@@ -75,6 +103,11 @@ class Bench:
         if found != requests:
             raise SystemExit(f"the ledger holds {found} new events for {requests} requests")
         return tally, spent
+
+    def new_key(self, code: str) -> str:
+        """The text of a new key, of which `code` makes something more."""
+        made = self.roundhouse.manage("shell", "-v0", "-c", KEY + code + "\nprint(text)")
+        return made.stdout.strip()
 
     def first_bytes(self, *, rounds: int) -> tuple[float, float]:
         """Median seconds to a stream's first byte when idle: through the gateway, and straight to the worker.
@@ -129,10 +162,15 @@ class Bench:
         return int(self.roundhouse.rows("SELECT count(*) FROM registry_usageevent")[0][0])
 
 
-def report(bench: Bench, requests: int) -> None:
+def report(bench: Bench, requests: int) -> list[tuple[str, str, str]]:
+    """Rows of what, how much, and the bar for it."""
     bench.load(requests=requests // 4, connections=8, stream=False)
     plain, plain_cpu = bench.load(requests=requests, connections=16, stream=False)
     per_plain = plain_cpu / requests
+    more = {}
+    for what, code in {"two limits": LIMITED, "a hard budget": BUDGETED}.items():
+        _, cpu = bench.load(requests=requests, connections=16, stream=False, key=bench.new_key(code))
+        more[what] = cpu / requests - per_plain
     streams = requests // 3
     stream, stream_cpu = bench.load(requests=streams, connections=16, stream=True)
     per_token = (stream_cpu / streams - per_plain) / TOKENS
@@ -140,17 +178,28 @@ def report(bench: Bench, requests: int) -> None:
     per_paced = (paced_cpu / 100 - per_plain) / TOKENS
     through, direct = bench.first_bytes(rounds=20)
     reading = bench.parsing()
-    rows = [
+    found = accounting.measured()
+    on_the_path = found["spool"] + found["limits"]
+    return [
         ("CPU per plain chat request", f"{per_plain * 1e3:.3f} ms", "0.40 ms"),
         ("CPU per streamed token, instant upstream", f"{per_token * 1e6:.1f} µs", "15 µs"),
         ("CPU per streamed token, 100 streams at 20 ms", f"{per_paced * 1e6:.1f} µs", "45 µs"),
         ("added time to first token, p50, idle", f"{(through - direct) * 1e3:.2f} ms", "1.0 ms"),
         ("parse a plain chat request", f"{reading['plain'] * 1e6:.1f} µs", "60 µs"),
         ("parse a 1 MB prompt", f"{reading['megabyte'] * 1e3:.2f} ms", "3 ms"),
+        ("accounting on the request path, two limits", f"{on_the_path * 1e6:.1f} µs", "60 µs"),
+        ("Redis commands per request, two limits", f"{found['Redis commands']:.2f}", "1"),
+        ("more CPU per request of a key with two limits", f"{more['two limits'] * 1e6:.0f} µs", ""),
+        ("more CPU per request of a key with a hard budget", f"{more['a hard budget'] * 1e6:.0f} µs", "1 ms"),
+        ("an event into the ledger, in batches of 20", f"{found['event in batches of 20'] * 1e6:.0f} µs", ""),
         ("plain requests per second, 16 connections", f"{requests / plain.seconds:.0f}", ""),
         ("streamed tokens per second, 16 connections", f"{stream.chunks / stream.seconds:.0f}", ""),
         ("gateway RSS", f"{bench.gateway.memory_info().rss / 1e6:.0f} MB", ""),
     ]
+
+
+def table(rows: list[tuple[str, str, str]]) -> None:
+    """Print them."""
     width = max(len(name) for name, _, _ in rows)
     print(f"{'what':{width}}  {'measured':>10}  {'bar':>8}")
     for name, value, bar in rows:

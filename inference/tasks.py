@@ -20,6 +20,7 @@ from registry.actions.budgets import release_dead_holds
 from registry.actions.events import forget_old_changes
 from registry.actions.gateways import forget_silent_gateways
 from registry.actions.notices import deliver_notices, note_thresholds
+from registry.actions.projects import note_people_changed
 from registry.actions.retention import forget_usage
 from registry.actions.rollups import reconcile_usage, roll_up
 from registry.querysets import database_now
@@ -67,6 +68,18 @@ def tick() -> None:
     """Judge silence, then bring the facts nearer to the wishes."""
     reap(database_now())
     reconcile(send_nudges)
+
+
+_disabled: frozenset[int] = frozenset()
+"""People, as `watch_people` last saw them. A control that starts tells of all of them, which does no harm."""
+
+
+@shared_task(name="inference.watch_people")  # type: ignore[untyped-decorator]
+@one_at_a_time
+def watch_people() -> None:
+    """Have the gateways end what people began who were disabled since, however that was done."""
+    global _disabled
+    _disabled = note_people_changed(_disabled)
 
 
 @shared_task(name="inference.recover_spools")  # type: ignore[untyped-decorator]

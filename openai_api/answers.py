@@ -3,6 +3,7 @@ document says, and tests read real answers by them."""
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Literal
 
 import msgspec
@@ -437,6 +438,76 @@ class Scores(msgspec.Struct):
     model: str
     data: list[Score]
     usage: Usage
+
+
+class Project(msgspec.Struct):
+    """What its keys may do at most, and what one's role in it is."""
+
+    id: int
+    object: Literal["project"]
+    name: str
+    role: Literal["owner", "member", "viewer"]
+    may_issue_keys: bool
+    time_zone: str
+    routes: list[str]
+    scopes: list[str]
+    priority: str
+    key_days: int | None
+    """How long keys that members issue live at most."""
+    max_keys: int | None
+
+
+class ProjectList(msgspec.Struct):
+    object: Literal["list"]
+    data: list[Project]
+
+
+class KeySecret(msgspec.Struct):
+    last4: str
+    created_at: datetime
+    expires_at: datetime | None
+    last_used_at: datetime | None
+    works: bool
+
+
+class ApiKey(msgspec.Struct, kw_only=True):
+    """Empty lists of routes, scopes and addresses allow all that the project does."""
+
+    id: str
+    object: Literal["api_key"]
+    name: str
+    shown: str
+    project: int
+    project_name: str
+    owner: str | None
+    """Whom it ends with; null: a program's."""
+    state: Literal["usable", "expired", "revoked"]
+    routes: list[str]
+    scopes: list[str]
+    addresses: list[str]
+    priority: str
+    metadata: dict[str, str]
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    last_used_at: datetime | None
+    secrets: list[KeySecret]
+    may_change: bool
+    may_rotate: bool
+    may_revoke: bool
+
+
+class IssuedKey(ApiKey, kw_only=True):
+    key: str
+    """Shown this once."""
+
+
+class ApiKeyList(msgspec.Struct):
+    object: Literal["list"]
+    data: list[ApiKey]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class Alive(msgspec.Struct):

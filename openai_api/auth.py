@@ -10,13 +10,14 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from django.conf import settings
 from django.db import Error as DatabaseError
+from django.http import HttpRequest
 from rest_framework.authentication import BaseAuthentication
 from rest_framework.permissions import BasePermission
 from rest_framework.request import Request as DrfRequest
@@ -25,7 +26,7 @@ from inference.http import credential_of
 from openai_api.admission.rules import Rule, load_rules
 from openai_api.errors import ForbiddenAddress, ForbiddenScope, MissingKey, StorageAway, WrongKey
 from registry.actions.api_keys import note_key_use
-from registry.actions.budgets import hard_budgets
+from registry.actions.budgets import hard_budgets, route_budgets
 from registry.keys import digest_key, public_id_of
 from registry.models import ApiKey
 from registry.querysets import owner_may_use
@@ -38,7 +39,7 @@ from registry.rights import (
     parse_networks,
     within,
 )
-from registry.threads import in_database
+from registry.threads import in_database, read_from_database
 
 if TYPE_CHECKING:
     from openai_api.gateway import Gateway
@@ -96,6 +97,8 @@ class Key:
     """The limits that concern it."""
     budgets: tuple[int, ...] = ()
     """Numbers of the hard budgets that its requests may meet, those of routes among them."""
+    budget_routes: Mapping[int, str] = field(default_factory=dict, hash=False)
+    """Of these budgets, those that count one route only, and which."""
 
     is_authenticated = True
 
@@ -109,6 +112,12 @@ class Key:
     def held_to_routes(self) -> bool:
         """False when it may use every route."""
         return bool(self.routes or self.project_routes)
+
+    def budgets_for(self, route: str) -> tuple[int, ...]:
+        """Numbers of the hard budgets that its requests of this route may meet."""
+        if not self.budget_routes:
+            return self.budgets
+        return tuple(number for number in self.budgets if self.budget_routes.get(number, route) == route)
 
     def check(self, scope: str, address: Callable[[], Address | None]) -> None:
         """May it be used for this group of endpoints, from there? Raises ForbiddenAddress, ForbiddenScope.
@@ -162,6 +171,7 @@ def load_key(public_id: str) -> Key | None:
             api_key=row, public_id=row.public_id, project_id=row.project_id, user_id=row.owner_id
         ),
         budgets=hard_budgets(key_public_id=row.public_id, project_id=row.project_id, user_id=row.owner_id),
+        budget_routes=route_budgets(),
     )
 
 
@@ -323,7 +333,7 @@ class KeyRing:
         task = self._loading.get(public_id)
         if task is None:
             # One query however many wait for it, and not cancelled with the one who asked first.
-            task = self._loading[public_id] = asyncio.create_task(in_database(self._load, public_id))
+            task = self._loading[public_id] = asyncio.create_task(read_from_database(self._load, public_id))
         try:
             key = await asyncio.shield(task)
         except DatabaseError as error:
@@ -375,6 +385,12 @@ def _header(request: DrfRequest, name: bytes) -> bytes:
     return told.encode("latin-1", "replace")
 
 
+def sender_of(request: HttpRequest) -> Address | None:
+    """Who sent a request that Django serves, seen past trusted proxies."""
+    sent, proxies = request.META, settings.ROUNDHOUSE_TRUSTED_PROXIES
+    return client_address(sent.get("REMOTE_ADDR", ""), sent.get("HTTP_X_FORWARDED_FOR", ""), proxies)
+
+
 class ApiKeyAuthentication(BaseAuthentication):
     """The same check for DRF. Inside the gateway it asks the gateway's ring; elsewhere the database."""
 
@@ -382,11 +398,7 @@ class ApiKeyAuthentication(BaseAuthentication):
         # A view without a scope is open to no key that is held to some.
         scope: str = getattr(request.parser_context.get("view"), "scope", "none")
 
-        def address() -> Address | None:
-            proxies = settings.ROUNDHOUSE_TRUSTED_PROXIES
-            sent = request.META
-            return client_address(sent.get("REMOTE_ADDR", ""), sent.get("HTTP_X_FORWARDED_FOR", ""), proxies)
-
+        address = partial(sender_of, request._request)
         text = credential_of(lambda name: _header(request, name))
         gateway = gateway_of(request)
         if gateway is not None and gateway.loop is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from openai_api import answers, endpoints, limits
+from openai_api import answers, endpoints, limits, management
 from openai_api.protocol.tokenize import TokenChecks
 
 MODEL = "smollm2-135m-instruct"
@@ -26,6 +26,9 @@ TAGS = {
     "Embeddings": "Texts as vectors, and texts compared.",
     "Tokens": "Texts as a model's tokens.",
     "Models": "What there is, and what was used.",
+    "Keys": "One's projects and keys, for programs of a person who is logged in: what the page `/keys/` "
+    "does. The session's cookie is sent along, and with what changes something its CSRF token. No key opens "
+    "these.",
     "Service": "What machines ask of the server.",
 }
 
@@ -69,6 +72,10 @@ class Operation:
     error: type[msgspec.Struct] = answers.Error
     public: bool = False
     """Asked without a key."""
+    session: bool = False
+    """Asked by a person who is logged in, never with a key."""
+    status: int = 200
+    """Of an answer that is none of `refusals`."""
     deprecated: bool = False
 
 
@@ -461,6 +468,49 @@ _A_MODEL = {
 _SECONDS = {"type": "integer", "minimum": 0, "maximum": 253402300799}
 _NAMES = {"type": "string"}
 _OF_A_READ = (401, 403, 404, 500, 503)
+_OF_A_SESSION = (401, 403, 404, 500, 503)
+KEY = "mJ3fQ8sYw0Lk"
+"""The key that the examples speak of."""
+_KEY_TEXT = f"sk-{KEY}-…"
+_WHEN = "2026-11-20T08:00:00Z"
+_PROJECT = {
+    "id": 1,
+    "object": "project",
+    "name": "research",
+    "role": "member",
+    "may_issue_keys": True,
+    "time_zone": "UTC",
+    "routes": [],
+    "scopes": [],
+    "priority": "default",
+    "key_days": None,
+    "max_keys": None,
+}
+_API_KEY = {
+    "id": KEY,
+    "object": "api_key",
+    "name": "nightly build",
+    "shown": f"sk-{KEY}-…4fQ2",
+    "project": 1,
+    "project_name": "research",
+    "owner": "ann",
+    "state": "usable",
+    "routes": [],
+    "scopes": ["chat"],
+    "addresses": ["10.0.0.0/8"],
+    "priority": "default",
+    "metadata": {},
+    "created_at": _WHEN,
+    "expires_at": None,
+    "revoked_at": None,
+    "last_used_at": None,
+    "secrets": [
+        {"last4": "4fQ2", "created_at": _WHEN, "expires_at": None, "last_used_at": None, "works": True}
+    ],
+    "may_change": True,
+    "may_rotate": True,
+    "may_revoke": True,
+}
 _ITEM = {
     "id": "msg_1_0",
     "type": "message",
@@ -649,6 +699,106 @@ OTHERS: dict[tuple[str, str], Operation] = {
         answered={"prompts": [{"fits": True, "tokenCount": 4, "contextLength": 8192}]},
         deprecated=True,
     ),
+    ("get", "/api/v1/projects"): Operation(
+        id="listProjects",
+        tag="Keys",
+        summary="The projects in which one has a role",
+        answer=answers.ProjectList,
+        answered={"object": "list", "data": [_PROJECT]},
+        refusals=(401, 500, 503),
+        session=True,
+    ),
+    ("get", "/api/v1/keys"): Operation(
+        id="listKeys",
+        tag="Keys",
+        summary="The keys of one's projects, the newest first",
+        answer=answers.ApiKeyList,
+        answered={
+            "object": "list",
+            "data": [_API_KEY],
+            "first_id": KEY,
+            "last_id": KEY,
+            "has_more": False,
+        },
+        query=(
+            Parameter(
+                name="project",
+                schema={"type": "integer", "minimum": 1, "maximum": 2**62},
+                about="only this one's",
+            ),
+            Parameter(
+                name="limit",
+                schema={
+                    "type": "integer",
+                    "minimum": 1,
+                    "maximum": management.MOST_ON_A_PAGE,
+                    "default": management.PAGE,
+                },
+                about="keys on a page",
+            ),
+            Parameter(name="after", schema=_NAMES, about="the last answer's `last_id`"),
+        ),
+        refusals=(400, *_OF_A_SESSION),
+        session=True,
+    ),
+    ("post", "/api/v1/keys"): Operation(
+        id="createKey",
+        tag="Keys",
+        summary="Make a key of one's own",
+        about="`key` is its text, shown this once. What is left out is as the project has it.",
+        request=management.NewKeyRequest,
+        example={"name": "nightly build", "project": 1, "scopes": ["chat"], "addresses": ["10.0.0.0/8"]},
+        answer=answers.IssuedKey,
+        answered=_API_KEY | {"key": _KEY_TEXT},
+        status=201,
+        refusals=(400, *_OF_A_SESSION, 413),
+        session=True,
+    ),
+    ("get", "/api/v1/keys/{key_id}"): Operation(
+        id="retrieveKey",
+        tag="Keys",
+        summary="One key, and which of its secrets is still used",
+        answer=answers.ApiKey,
+        answered=_API_KEY,
+        refusals=_OF_A_SESSION,
+        session=True,
+    ),
+    ("patch", "/api/v1/keys/{key_id}"): Operation(
+        id="changeKey",
+        tag="Keys",
+        summary="Change what a key is called and may do",
+        about="What is left out stays; `null` means as in a new key. With the change it must be a key that "
+        "one could have made: what an administrator gave beyond that has to be given up with it.",
+        request=management.KeyChangeRequest,
+        example={"routes": ["smol*"], "priority": "batch"},
+        answer=answers.ApiKey,
+        answered=_API_KEY | {"routes": ["smol*"], "priority": "batch"},
+        refusals=(400, *_OF_A_SESSION, 409, 413),
+        session=True,
+    ),
+    ("post", "/api/v1/keys/{key_id}/rotate"): Operation(
+        id="rotateKey",
+        tag="Keys",
+        summary="Give a key a new secret",
+        about="`key` is its text, shown this once; the old ones work on for `overlap_seconds`.",
+        request=management.KeyRotationRequest,
+        example={"overlap_seconds": 3600},
+        answer=answers.IssuedKey,
+        answered=_API_KEY | {"key": _KEY_TEXT},
+        refusals=(400, *_OF_A_SESSION, 409, 413),
+        session=True,
+    ),
+    ("post", "/api/v1/keys/{key_id}/revoke"): Operation(
+        id="revokeKey",
+        tag="Keys",
+        summary="Refuse a key everywhere within a second, for good",
+        request=management.KeyRevocationRequest,
+        example={"reason": "lost with a laptop"},
+        answer=answers.ApiKey,
+        answered=_API_KEY | {"state": "revoked", "revoked_at": _WHEN},
+        refusals=(400, *_OF_A_SESSION, 413),
+        session=True,
+    ),
     ("get", "/v1/openapi.json"): Operation(
         id="getOpenApi",
         tag="Service",
@@ -709,10 +859,12 @@ OTHERS: dict[tuple[str, str], Operation] = {
 
 REFUSALS = {
     400: "A field cannot be used as it stands; `param` names it.",
-    401: "No key was sent, or a wrong one.",
-    403: "The key may not use this model.",
-    404: "There is no such thing: the model, or the response.",
-    413: f"The body is larger than {limits.BODY_BYTES // 1024**2} MiB.",
+    401: "No key was sent, or a wrong one; under `/api/v1/keys`: nobody is logged in.",
+    403: "The key may not use this model; under `/api/v1/keys`: the person's role does not allow it.",
+    404: "There is no such thing: the model, the response, or the key.",
+    409: "The key has ended: it can no more be changed, or get a secret.",
+    413: f"The body is larger than {limits.BODY_BYTES // 1024**2} MiB; under `/api/v1/keys`: than "
+    f"{management.BODY_BYTES // 1024} KiB.",
     429: "A limit or a budget is used up; `Retry-After` says when to come back.",
     500: "A fault of ours; it is logged under the `x-request-id`.",
     503: "No capacity, or no storage, at the moment; `Retry-After` says when to come back.",
@@ -721,6 +873,7 @@ REFUSALS = {
 
 _TEMPLATE = "Of the chat template; honoured where the model's engine can"
 FIELDS: dict[str, str] = {
+    "addresses": "Networks from which it may be used, such as `10.0.0.0/8`; none: from everywhere",
     "add_generation_prompt": "Whether the prompt ends by asking for an answer",
     "add_special_tokens": "Whether the tokenizer's own tokens are put around the text",
     "allowed_token_ids": "Only these tokens may be generated",
@@ -738,6 +891,7 @@ FIELDS: dict[str, str] = {
     "documents": "Texts",
     "echo": "Begin the answer with the prompt",
     "embed_dtype": "`float32`, where the engine has no other",
+    "expires_at": "When it ends; without a zone in UTC",
     "encoding_format": "Vectors as numbers, or as base64 of little-endian float32",
     "endianness": "Of base64",
     "frequency_penalty": "Lowers what was said, the more the oftener",
@@ -773,9 +927,13 @@ FIELDS: dict[str, str] = {
     "modalities": "`text`; any other is refused",
     "model": "One of `GET /v1/models`",
     "n": "How many answers",
+    "name": "Who or what uses it; shown in reports",
     "normalize": "Whether vectors have length 1",
     "output_config": "Effort, and the JSON schema of the answer",
+    "overlap_seconds": "How long the old secrets work on",
     "parallel_tool_calls": "Whether several tools may be called at once",
+    "priority": "Who goes first when all workers are busy: `interactive`, `default`, `batch`",
+    "project": "One in which one may issue keys",
     "presence_penalty": "Lowers what was said at all",
     "previous_response_id": "The response to go on from",
     "prompt": "The text to go on from; several, or token ids",
@@ -784,6 +942,7 @@ FIELDS: dict[str, str] = {
     "queries": "Another name of `text_1`",
     "query": "What the documents are to answer",
     "rank_fields": "`text`, where the engine knows no other",
+    "reason": "Why; shown in the key's timeline",
     "reasoning": "How hard the model thinks",
     "reasoning_effort": "How hard the model thinks",
     "repetition_detection": "Of vLLM: when an answer that repeats itself is ended",
@@ -794,6 +953,8 @@ FIELDS: dict[str, str] = {
     "return_token_ids": "Tell token ids beside texts",
     "return_token_strs": "Tell tokens as texts too",
     "return_tokens_as_token_ids": "Write tokens as `token_id:N` in log probabilities",
+    "routes": "Models that it may use; `*` stands for any characters. None: all that the project may",
+    "scopes": "Groups of endpoints that it may use. None: all that the project may",
     "safety_identifier": "Changes nothing",
     "seed": "The same seed gives the same answer, as far as the engine can",
     "skip_special_tokens": "Leave the tokenizer's own tokens out of the text",
@@ -842,6 +1003,8 @@ OF_SCHEMA: dict[tuple[str, str], str] = {
     ): "Most tokens of one answer; 16 unless given, 0 only reads",
     ("EmbeddingRequest", "input"): "A text, several, or token ids",
     ("EmbeddingRequest", "messages"): "Refused: give `input`",
+    ("NewKeyRequest", "metadata"): "Notes for programs",
+    ("KeyChangeRequest", "metadata"): "Notes for programs",
     ("RerankRequest", "documents"): "The texts to order",
     ("ResponsesRequest", "input"): "A text, or the items of a conversation",
     ("ResponsesRequest", "prompt"): "Refused: stored prompts are not served",

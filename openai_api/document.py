@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any, Literal
 
 import msgspec
+from django.conf import settings
 
 from inference.errors import NoCapacity
 from inference.http import BodyTooLarge
@@ -71,6 +72,7 @@ _SHAPES: dict[type[msgspec.Struct], tuple[str, Callable[[Exception], tuple[int, 
 
 _PATH: dict[str, dict[str, Any]] = {
     "model": {"type": "string", "minLength": 1, "maxLength": limits.MODEL_NAME_LENGTH},
+    "key_id": {"type": "string", "pattern": "^[0-9A-Za-z]{12}$"},
     "response_id": {"type": "string", "pattern": "^resp_[A-Za-z0-9_]{1,59}$"},
 }
 _SCHEMA = "#/components/schemas/{name}"
@@ -87,7 +89,7 @@ def document() -> dict[str, Any]:
     schemas = _schemas(operations.values())
     paths: dict[str, dict[str, Any]] = {}
     for (method, path), told in operations.items():
-        paths.setdefault(path, {})[method] = _operation(path, told, schemas)
+        paths.setdefault(path, {})[method] = _operation(method, path, told, schemas)
     for name, schema in schemas.items():
         _describe(name, schema)
     return {
@@ -114,6 +116,13 @@ def document() -> dict[str, Any]:
                 "x_api_key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
                 "api_key": {"type": "apiKey", "in": "header", "name": "api-key"},
                 "metrics_token": {"type": "http", "scheme": "bearer"},
+                "session": {"type": "apiKey", "in": "cookie", "name": settings.SESSION_COOKIE_NAME},
+                "csrf": {
+                    "type": "apiKey",
+                    "in": "header",
+                    "name": "x-csrftoken",
+                    "description": f"What the cookie `{settings.CSRF_COOKIE_NAME}` holds.",
+                },
             },
             "headers": {
                 "request-id": {
@@ -143,7 +152,7 @@ def document_json() -> bytes:
 # -- operations
 
 
-def _operation(path: str, told: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
+def _operation(method: str, path: str, told: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
     operation: dict[str, Any] = {"operationId": told.id, "tags": [told.tag], "summary": told.summary}
     if told.about:
         operation["description"] = told.about
@@ -153,18 +162,21 @@ def _operation(path: str, told: Operation, schemas: dict[str, Any]) -> dict[str,
         operation["security"] = [{}]
         if path == "/metrics":
             operation["security"].append({"metrics_token": []})
+    if told.session:
+        operation["security"] = [{"session": []} if method == "get" else {"session": [], "csrf": []}]
     if parameters := _parameters(path, told):
         operation["parameters"] = parameters
     if told.request is not None:
         operation["requestBody"] = {
-            "required": True,
+            # A body that demands nothing may be left out.
+            "required": bool(told.required or schemas[told.request.__name__].get("required")),
             "content": {
                 "application/json": {"schema": _body(told, schemas), "example": told.example},
             },
         }
     responses: dict[str, Any] = {}
     if told.answer is not None or told.text or told.bare:
-        responses["200"] = _answer(told)
+        responses[str(told.status)] = _answer(told)
     for status in told.refusals:
         if told.bare or told.error not in _SHAPES:
             responses[str(status)] = {"description": "It cannot, at the moment."}

@@ -148,8 +148,8 @@ class Generation:
             await self._admit(key, size, len(forwarded) if counted else 0)  # 6
         self._entry = self._open(key)
         self._gateway.enter(self, key)
-        if key.budgets and counted:
-            await self._reserve(key.budgets, self._entry, route, size)
+        if counted and (budgets := key.budgets_for(self._model)):
+            await self._reserve(budgets, self._entry, route, size)
         if not self._stream:
             async with self._cuttable():
                 await self._answer_whole(route, needs, forwarded)  # 7, 8, 9

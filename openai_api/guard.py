@@ -14,7 +14,7 @@ from inference.dispatch.fleet import FORGET_ALL
 from openai_api.auth import Key, KeyRing
 from openai_api.errors import KeyEnded
 from registry.actions.api_keys import still_good
-from registry.threads import in_database
+from registry.threads import read_from_database
 
 GUARD_SECONDS = 1.0
 """How often it is looked whether the keys of open requests have expired."""
@@ -92,7 +92,7 @@ class KeyGuard:
 
     async def _ask(self, suspects: frozenset[str]) -> None:
         try:
-            good = await in_database(still_good, suspects)
+            good = await read_from_database(still_good, suspects)
         except DatabaseError:
             # Asked again in a moment. What has expired has expired.
             for public_id in suspects:

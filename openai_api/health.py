@@ -70,7 +70,7 @@ class Alive(ApiConsumer):
 class Ready(ApiConsumer):
     """GET /readyz: it can serve any key; 503 while it cannot.
 
-    Only the database decides: without Redis, or with a full spool, what can be served is served.
+    The database decides, and the spool, without which no request is begun. Without Redis all is served.
     """
 
     methods = frozenset({"GET", "HEAD"})
@@ -82,13 +82,15 @@ class Ready(ApiConsumer):
 
     async def handle(self, request: Request) -> None:
         away = self._gateway.fleet.database_away_seconds
+        room = self._gateway.spool.has_room()
+        status = "ok" if room else "the spool has no room"
         details = {
-            "status": "the database does not answer" if away > 0 else "ok",
+            "status": "the database does not answer" if away > 0 else status,
             "database": f"away for {away:.0f} s" if away > 0 else "ok",
             "redis": await self._redis.state(),
             "spool_pending": self._gateway.spool.pending,
         }
-        await self.send_json(503 if away > 0 else 200, details)
+        await self.send_json(200 if room and not away else 503, details)
 
 
 class Answering(HttpConsumer):

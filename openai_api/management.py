@@ -7,6 +7,8 @@ listed one by one, and an unknown one is refused; whose a key is, and what it co
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
@@ -27,7 +29,9 @@ from openai_api.errors import InvalidRequest, StorageAway
 from openai_api.parsing import check_headers, decode
 from registry.actions.api_keys import MAX_OVERLAP, OVERLAP
 from registry.actions.own_keys import (
+    change_own_key,
     issue_own_key,
+    may_change,
     may_issue,
     may_revoke,
     may_rotate,
@@ -46,7 +50,7 @@ MOST_ON_A_PAGE = 100
 _Text = Annotated[str, msgspec.Meta(max_length=120)]
 
 
-class NewKey(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class NewKeyRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What may be said of a new key."""
 
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=120)]
@@ -59,13 +63,29 @@ class NewKey(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     metadata: Annotated[dict[str, str], msgspec.Meta(max_length=METADATA_NAMES)] = {}
 
 
-class Rotation(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class KeyChangeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What may be changed of a key. What is left out stays; `null` means as in a new key."""
+
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=120)] | msgspec.UnsetType = msgspec.UNSET
+    expires_at: datetime | msgspec.UnsetType | None = msgspec.UNSET
+    routes: Annotated[list[_Text], msgspec.Meta(max_length=MAX_ROUTES)] | msgspec.UnsetType = msgspec.UNSET
+    scopes: Annotated[list[_Text], msgspec.Meta(max_length=len(Scope.values))] | msgspec.UnsetType = (
+        msgspec.UNSET
+    )
+    addresses: Annotated[list[_Text], msgspec.Meta(max_length=MAX_CIDRS)] | msgspec.UnsetType = msgspec.UNSET
+    priority: _Text | msgspec.UnsetType | None = msgspec.UNSET
+    metadata: Annotated[dict[str, str], msgspec.Meta(max_length=METADATA_NAMES)] | msgspec.UnsetType = (
+        msgspec.UNSET
+    )
+
+
+class KeyRotationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     overlap_seconds: Annotated[int, msgspec.Meta(ge=0, le=int(MAX_OVERLAP.total_seconds()))] = int(
         OVERLAP.total_seconds()
     )
 
 
-class Revocation(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class KeyRevocationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     reason: Annotated[str, msgspec.Meta(max_length=500)] = ""
 
 
@@ -83,6 +103,7 @@ def _person(request: Request) -> Any:
 class _View(APIView):
     authentication_classes = (SessionOnly,)
     permission_classes = (IsAuthenticated,)
+    http_method_names = ("get", "head", "post", "patch")
 
     def handle_exception(self, exc: Exception) -> Response:
         if isinstance(exc, DatabaseError):
@@ -116,7 +137,8 @@ class _View(APIView):
     def key(self, request: Request, public_id: str) -> ApiKey:
         """A key that this person may see; for any other id there is none."""
         keys = ApiKey.objects.seen_by(_person(request)).select_related("project", "owner")
-        found = keys.filter(public_id=public_id).first()
+        # The database need not be asked for what cannot be one.
+        found = keys.filter(public_id=public_id).first() if public_id.isalnum() else None
         if found is None:
             raise NotFound
         return found
@@ -167,38 +189,30 @@ class Keys(_View):
         )
 
     def post(self, request: Request) -> Response:
-        asked: NewKey = self.read(request, _decode_key)
+        asked: NewKeyRequest = self.read(request, _decode_key)
         # A project that one is not in is one that does not exist.
         project = Project.objects.filter(memberships__user_id=_person(request).pk, pk=asked.project).first()
         if project is None:
             raise InvalidRequest("There is no such project.", param="project", code="invalid_value")
-        expires_at = asked.expires_at
-        if expires_at is not None and expires_at.tzinfo is None:
-            expires_at = expires_at.replace(tzinfo=UTC)
-        try:
-            key, text = issue_own_key(
-                user=request.user,
-                project=project,
-                name=asked.name,
-                expires_at=expires_at,
-                routes=asked.routes,
-                scopes=asked.scopes,
-                cidrs=asked.addresses,
-                priority=asked.priority,
-                metadata=asked.metadata,
-            )
-        except InvalidInput as error:
-            field = "addresses" if error.field == "cidrs" else error.field
-            raise InvalidInput(field, error.message) from error
+        facts = _facts(asked) | {"project": project}
+        with _in_our_words():
+            key, text = issue_own_key(user=request.user, **facts)
         told = _key_object(key, request.user, role_in(request.user, project.pk))
         return Response({**told, "key": text}, status=201)
 
 
 class OneKey(_View):
-    """GET: one key, with its secrets and their last use."""
+    """GET: one key, with its secrets and their last use. PATCH: change what it is called and may do."""
 
     def get(self, request: Request, public_id: str) -> Response:
         key = self.key(request, public_id)
+        return Response(_key_object(key, request.user, role_in(request.user, key.project_id)))
+
+    def patch(self, request: Request, public_id: str) -> Response:
+        key = self.key(request, public_id)
+        asked: KeyChangeRequest = self.read(request, _decode_change)
+        with _in_our_words():
+            key = change_own_key(user=request.user, api_key=key, changes=_facts(asked))
         return Response(_key_object(key, request.user, role_in(request.user, key.project_id)))
 
 
@@ -207,7 +221,7 @@ class RotateKey(_View):
 
     def post(self, request: Request, public_id: str) -> Response:
         key = self.key(request, public_id)
-        asked: Rotation = self.read(request, _decode_rotation)
+        asked: KeyRotationRequest = self.read(request, _decode_rotation)
         overlap = timedelta(seconds=asked.overlap_seconds)
         text = rotate_own_key(user=request.user, api_key=key, overlap=overlap)
         told = _key_object(key, request.user, role_in(request.user, key.project_id))
@@ -219,9 +233,32 @@ class RevokeKey(_View):
 
     def post(self, request: Request, public_id: str) -> Response:
         key = self.key(request, public_id)
-        asked: Revocation = self.read(request, _decode_revocation)
+        asked: KeyRevocationRequest = self.read(request, _decode_revocation)
         revoke_own_key(user=request.user, api_key=key, reason=asked.reason)
         return Response(_key_object(key, request.user, role_in(request.user, key.project_id)))
+
+
+def _facts(asked: NewKeyRequest | KeyChangeRequest) -> dict[str, Any]:
+    """What was said, by the names of the columns."""
+    told = {
+        name: value for name, value in msgspec.structs.asdict(asked).items() if value is not msgspec.UNSET
+    }
+    if "addresses" in told:
+        told["cidrs"] = told.pop("addresses")
+    expires_at = told.get("expires_at")
+    if expires_at is not None and expires_at.tzinfo is None:
+        told["expires_at"] = expires_at.replace(tzinfo=UTC)
+    return told
+
+
+@contextmanager
+def _in_our_words() -> Iterator[None]:
+    """A refusal names the field that was sent."""
+    try:
+        yield
+    except InvalidInput as error:
+        field = "addresses" if error.field == "cidrs" else error.field
+        raise InvalidInput(field, error.message) from error
 
 
 def _project_object(project: Project, role: str) -> dict[str, Any]:
@@ -270,6 +307,7 @@ def _key_object(key: ApiKey, user: Any, role: str | None) -> dict[str, Any]:
             }
             for secret in key.secrets.all()
         ],
+        "may_change": may_change(user, key, role),
         "may_rotate": may_rotate(user, key, role),
         "may_revoke": may_revoke(user, key, role),
     }
@@ -286,9 +324,10 @@ def _number(text: str, name: str, most: int) -> int:
 
 
 _UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(.{1,100}?)`")
-_decode_key = msgspec.json.Decoder(NewKey)
-_decode_rotation = msgspec.json.Decoder(Rotation)
-_decode_revocation = msgspec.json.Decoder(Revocation)
+_decode_key = msgspec.json.Decoder(NewKeyRequest)
+_decode_change = msgspec.json.Decoder(KeyChangeRequest)
+_decode_rotation = msgspec.json.Decoder(KeyRotationRequest)
+_decode_revocation = msgspec.json.Decoder(KeyRevocationRequest)
 
 urlpatterns: list[URLPattern] = [
     path("projects", Projects.as_view()),

@@ -128,10 +128,7 @@ def render(gateway: Gateway, *, version: str) -> bytes:
             "worker_ejected",
             "1 while a worker failed so often that requests go to others.",
             [
-                (
-                    {"deployment": one.worker.deployment_name, "worker": one.worker.name},
-                    not one.breaker_closed,
-                )
+                ({"worker": one.worker.name}, 0 if one.breaker_closed else 1)
                 for one in gateway.fleet.tallies.values()
             ],
         ),

@@ -14,7 +14,7 @@ from django.views.decorators.http import require_safe
 
 from openai_api.document import document
 
-METHODS = ("get", "post", "delete")
+METHODS = ("get", "post", "patch", "delete")
 
 
 @require_safe
@@ -65,7 +65,9 @@ def _operation(api: dict[str, Any], method: str, path: str, operation: dict[str,
         example = _pretty(content["example"])
         fields += _fields(schema)
         fields.sort(key=lambda field: not field["required"])
-    answered = operation["responses"].get("200", {}).get("content", {})
+    responses = operation["responses"]
+    done = next((status for status in responses if status.startswith("2")), "")
+    answered = responses.get(done, {}).get("content", {})
     answer = answered.get("application/json", {})
     return {
         "id": operation["operationId"],
@@ -75,13 +77,14 @@ def _operation(api: dict[str, Any], method: str, path: str, operation: dict[str,
         "summary": operation["summary"],
         "description": _marked(operation.get("description", "")),
         "deprecated": operation.get("deprecated", False),
-        "public": "security" in operation,
+        "public": {} in operation.get("security", ()),
+        "session": any("session" in one for one in operation.get("security", ())),
         "fields": fields,
         "example": example,
         "answer": _pretty(answer["example"]) if "example" in answer else None,
         "answer_type": _linked(_type(answer["schema"])) if "$ref" in answer.get("schema", {}) else None,
         "stream": answered.get("text/event-stream", {}).get("x-example", "").strip(),
-        "refusals": [status for status in operation["responses"] if status != "200"],
+        "refusals": [status for status in responses if status != done],
     }
 
 

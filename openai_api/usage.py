@@ -268,6 +268,9 @@ class Asked:
 def _list(words: QueryDict, name: str) -> list[str]:
     """OpenAI's client writes `name[]=a&name[]=b`, people write `name=a,b`."""
     texts = [*words.getlist(f"{name}[]"), *words.getlist(name)]
+    if any("\x00" in text for text in texts):
+        # PostgreSQL would refuse to be asked.
+        raise InvalidRequest(f"'{name}' has a NUL character.", param=name)
     return [part for text in texts for part in text.split(",") if part]
 
 

@@ -13,10 +13,21 @@ from datetime import datetime
 from decimal import Decimal
 
 from registry.models import Price
+from registry.statements import aware, select
 
 PER_MILLION = 1_000_000
 GPU_SECONDS_MOST = 600
 """A request pays for at most so many GPU-seconds: only so the most that it may cost is known beforehand."""
+
+_FIELDS = (
+    *("id", "route", "starts_at"),
+    *("input_micros", "cached_micros", "output_micros", "request_micros", "gpu_second_micros"),
+)
+# Uses index price_in_force_idx; newest first, and of one instant the later entry first.
+_PRICES = (
+    f"SELECT {', '.join(_FIELDS)} FROM registry_price WHERE route IN %s "  # noqa: S608 - names of our own
+    "ORDER BY route, starts_at DESC, id DESC"
+)
 
 
 def cost_micros(
@@ -56,9 +67,9 @@ class PriceBook:
 
     def __init__(self, routes: Iterable[str]) -> None:
         self._prices: dict[str, list[Price]] = {}
-        # Uses index price_in_force_idx; newest first, and of one instant the later entry first.
-        for price in Price.objects.filter(route__in={*routes, ""}):
-            self._prices.setdefault(price.route, []).append(price)
+        for number, route, starts_at, *micros in select(_PRICES, tuple({*routes, ""})):
+            price = Price.from_db(None, _FIELDS, (number, route, aware(starts_at), *micros))
+            self._prices.setdefault(route, []).append(price)
 
     def in_force(self, route: str, at: datetime) -> Price | None:
         """What a request that begins at `at` pays: the route's own price, else that of every other."""

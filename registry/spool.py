@@ -69,6 +69,8 @@ _ANSWERED = 2**31
 _MAX_SMALL = 2**15 - 1
 _STATUS_OK = 200
 _STATUS_INTERRUPTED = 500
+_BLANK = b"\n" * 1024
+"""No record, as long as a long one."""
 _DRAFT = ".new-"
 _DONE = ".done-"
 
@@ -131,12 +133,13 @@ _decode = msgspec.json.Decoder(_OpenRecord | _CloseRecord).decode
 class _Segment:
     """A file of records. `needed` counts the records of requests that are not in the ledger yet."""
 
-    __slots__ = ("fd", "needed", "path", "size", "unsynced")
+    __slots__ = ("fd", "full", "needed", "path", "size", "unsynced")
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self.size = 0
+        self.full = False
         self.needed = 0
         self.unsynced = False
 
@@ -145,10 +148,13 @@ class _Segment:
         try:
             _write_whole(self.fd, line)
         except OSError:
-            with suppress(OSError):
-                os.ftruncate(self.fd, self.size)
+            # Unless what it took is off again, nothing may be appended to it.
+            self.full = True
+            os.ftruncate(self.fd, self.size)
+            self.full = False
             raise
         self.size += len(line)
+        self.full = self.size >= SEGMENT_BYTES
         self.needed += 1
         self.unsynced = True
 
@@ -260,6 +266,7 @@ class Spool:
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._away = False
+        self._refused = False
         self._ended = False
         self._add_chunk()
         self._add_segment()
@@ -285,11 +292,21 @@ class Spool:
             segment = self._append(_encode(_OpenRecord(number, slot, opened)) + b"\n")
         except BaseException:
             self._free_slots.append(slot)
+            self._refused = True
             raise
+        self._refused = False
         self._next_number = number + 1
         self._open_count += 1
         self._wake.set()
         return Entry(self, opened, number, slot, counters, segment)
+
+    def has_room(self) -> bool:
+        """Whether a request could be noted now. If the disk did not take the last one, it is tried again."""
+        if self._refused:
+            with suppress(OSError):
+                self._append(_BLANK).needed -= 1
+                self._refused = False
+        return not self._refused and len(self._pending) < MAX_PENDING
 
     def _close(self, entry: Entry, closed: Closed) -> None:
         segment: _Segment | None = None
@@ -312,14 +329,9 @@ class Spool:
 
     def _append(self, line: bytes) -> _Segment:
         segment = self._segments[-1]
-        if segment.size >= SEGMENT_BYTES:
+        if segment.full:
             segment = self._add_segment()
-        try:
-            segment.append(line)
-        except OSError:
-            # What stands at this segment's end now is unknown: nothing may be appended to it.
-            segment.size = SEGMENT_BYTES
-            raise
+        segment.append(line)
         return segment
 
     def _add_segment(self) -> _Segment:
@@ -430,7 +442,9 @@ class Spool:
                 kept.append(segment)
                 continue
             os.close(segment.fd)
-            segment.path.unlink(missing_ok=True)
+            # A disk that cannot be written must not end the mover; what stays goes with the folder.
+            with suppress(OSError):
+                segment.path.unlink()
         self._segments[:-1] = kept
 
     async def _sync(self) -> None:
@@ -607,7 +621,7 @@ def _left_in(folder: Path) -> Iterator[UsageEvent]:
 
 def _records(paths: Iterable[Path]) -> Iterator[_OpenRecord | _CloseRecord]:
     for path in paths:
-        for line in path.read_bytes().splitlines():
+        for line in filter(None, path.read_bytes().splitlines()):
             try:
                 yield _decode(line)
             except (msgspec.DecodeError, UnicodeDecodeError):

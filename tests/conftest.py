@@ -54,6 +54,14 @@ def steady() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _nobody_guessed_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong passwords of one test must not lock out the next: all come from one address."""
+    from webchat import login
+
+    monkeypatch.setattr(login, "attempts", login.Attempts())
+
+
+@pytest.fixture(autouse=True)
 def _close_database_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """The database threads' connections must not outlive the test database that they point to."""
     yield

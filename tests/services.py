@@ -74,7 +74,7 @@ class OwnPostgres:
     """A server that a test may stop, kill and start again; its port stays."""
 
     def __init__(self, binaries: Path, folder: Path) -> None:
-        self._binaries, self._folder = binaries, folder
+        self.binaries, self._folder = binaries, folder
         self._data = folder / "data"
         self._port = free_port()
         # PostgreSQL refuses to run as root: then the account that its package made runs it.
@@ -107,7 +107,7 @@ class OwnPostgres:
 
     def _run(self, program: str, *arguments: str) -> None:
         subprocess.run(
-            [str(self._binaries / program), "-D", str(self._data), *arguments],
+            [str(self.binaries / program), "-D", str(self._data), *arguments],
             check=True,
             stdout=subprocess.DEVNULL,
             user=self._account,

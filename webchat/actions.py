@@ -17,7 +17,7 @@ from django.db.models import Max
 from inference.http import new_request_id
 from openai_api.admission import load_rules
 from openai_api.auth import Key
-from registry.actions.budgets import hard_budgets
+from registry.actions.budgets import hard_budgets, route_budgets
 from registry.models import Gateway, Project, Route
 from registry.querysets import database_now
 from registry.rights import Priority
@@ -260,6 +260,7 @@ def chat_key(user: Any) -> Key:
         priority=Priority.INTERACTIVE.value,
         rules=load_rules(api_key=None, public_id=f"user-{user.pk}", project_id=project.pk, user_id=user.pk),
         budgets=hard_budgets(key_public_id=f"user-{user.pk}", project_id=project.pk, user_id=user.pk),
+        budget_routes=route_budgets(),
     )
 
 

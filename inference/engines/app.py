@@ -128,9 +128,9 @@ class EngineApp(WorkerApp):
         told = self._told(running, chat)
         writer: _Chunks | _Whole
         if chat.stream:
-            writer = ChatChunks(chat, wanted[0], totals, **told)
+            writer = ChatChunks(chat, wanted[0], totals, form=self._engine.tool_form, **told)
         else:
-            writer = WholeChat(wanted[0], totals, **told)
+            writer = WholeChat(wanted[0], totals, form=self._engine.tool_form, **told)
         return partial(self._answer, running, wanted, totals, writer)
 
     def _begin_completions(self, running: Running, body: bytes) -> _Begun:

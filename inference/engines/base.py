@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from inference.engines.tool_forms import Form
 from inference.protocol import Cause, Load, Progress
 
 
@@ -51,8 +52,26 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     """0: off."""
+    min_p: float = 0.0
+    """Leaves out tokens less likely than this share of the likeliest."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    """What is added to a token's score, by its id."""
+    seed: int | None = None
+    """The same one gives the same text; of several answers each has its own."""
     stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    """The stop string, or the text of the token, that ended the answer is its last part."""
+    stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    """The answer does not end before, unless its form does."""
+    bad_words: tuple[str, ...] = ()
+    """Never generated in the tokens that spell them, in the middle of a text and at its beginning."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """The only tokens to choose from; None: all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +89,18 @@ class Tools:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Structured:
-    """What form the text must have: one of the choices, or JSON of the schema."""
+    """What form the text must have: one of the choices, a text that the regex or the grammar allows, or
+    else JSON of the schema."""
 
     param: str
     """The field that asked for it; refusals name it."""
     schema: dict[str, Any] | bool = True
+    compact: bool = False
+    """JSON without spaces between its parts."""
     choices: tuple[str, ...] = ()
+    regex: str | None = None
+    grammar: str | None = None
+    """In Lark's syntax or llama.cpp's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,11 +136,9 @@ class GenerationRequest:
     token_ids: bool = False
     """Tell each token's id, and those of the prompt."""
     tools: Tools | None = None
-    """A call is written in the text, as `tools.CallParser` reads it."""
+    """A call is written in the text, in the engine's form; `tools.CallParser` reads it."""
     structured: Structured | None = None
     reasoning_effort: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Sampling fields that only some engines have, under their names."""
 
 
 def too_long(context_length: int, tokens: int, request: GenerationRequest) -> BadRequest:
@@ -180,8 +203,8 @@ class Delta:
     cached_tokens: int = 0
     finish_reason: str | None = None
     """`stop` or `length`."""
-    stop: str | None = None
-    """The stop string that ended it, where one did."""
+    stop: str | int | None = None
+    """The stop string that ended it, or the token of `stop_token_ids`, where one did."""
     detail: Detail | None = None
 
 
@@ -220,6 +243,9 @@ class Model(Protocol):
 
 class Engine(Model, Protocol):
     """An engine that generates text."""
+
+    tool_form: Form
+    """How its texts write calls; known after `load`."""
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
         """Yield the answer. Closing the iterator aborts: no further step is spent on it.

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Protocol, TypeVar
 import msgspec
 
 from inference.engines.base import BadRequest, GenerationRequest, Sampling, Structured, Template
-from inference.engines.structured import ResponseFormat, StructuredOutputs, of_format, of_outputs
+from inference.engines.structured import ResponseFormat, StructuredOutputs, of_format, of_outputs, of_some
 from inference.engines.tools import Tool, tools_of
 
 T = TypeVar("T")
@@ -24,6 +24,9 @@ MOST_TOP_LOGPROBS = 20
 
 _StopText = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 _Tokens = Annotated[int, msgspec.Meta(ge=1)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+_TokenIds = Annotated[list[TokenId], msgspec.Meta(max_length=1024)]
+_Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
 
 
 class _Part(msgspec.Struct):
@@ -73,7 +76,12 @@ class SampledRequest(msgspec.Struct, kw_only=True):
     presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=10)] | None = None
     min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[TokenId, _Bias], msgspec.Meta(max_length=1024)] | None = None
+    stop_token_ids: _TokenIds | None = None
+    include_stop_str_in_output: bool | None = None
+    min_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    bad_words: Annotated[list[_StopText], msgspec.Meta(max_length=128)] | None = None
+    allowed_token_ids: _TokenIds | None = None
     structured_outputs: StructuredOutputs | None = None
     return_token_ids: bool | None = None
 
@@ -106,9 +114,15 @@ _NEUTRAL: dict[str, object] = {
     "repetition_penalty": 1,
     "min_p": 0,
     "logit_bias": {},
+    "stop_token_ids": [],
+    "include_stop_str_in_output": False,
+    "min_tokens": 0,
+    "bad_words": [],
+    "allowed_token_ids": None,
 }
-"""Fields beyond `Sampling`, and the value that asks for nothing: an engine that does not have the field
-among its capabilities refuses any other value, because a silently ignored one is a wrong answer."""
+"""Fields of `Sampling` that only some engines have, and the value that asks for nothing. Others refuse any
+other value, because a silently ignored one is a wrong answer. `seed` is not among them: elsewhere it is
+best effort, as OpenAI describes it."""
 
 
 def parse_chat(body: bytes) -> ChatRequest:
@@ -163,7 +177,6 @@ def to_generations(
         tools=tools,
         structured=structured,
         reasoning_effort=chat.reasoning_effort,
-        extra=extra_of(chat, capabilities),
     )
     return samples_of(wanted, chat.samples)
 
@@ -193,8 +206,10 @@ def structured_of(asked: SampledRequest, by_format: Structured | None = None) ->
 def asked_of(asked: SampledRequest) -> dict[str, object]:
     """What chat and completions alike can ask for that only some engines have."""
     return {
+        **{name: getattr(asked, name) not in (None, neutral) for name, neutral in _NEUTRAL.items()},
         "n": asked.samples > 1,
         "structured_outputs": structured_of(asked),
+        **of_some(asked.structured_outputs),
         "return_token_ids": asked.return_token_ids,
     }
 
@@ -236,25 +251,20 @@ def sampling_of(asked: SampledRequest, max_tokens: int | None) -> Sampling:
         temperature=1.0 if asked.temperature is None else asked.temperature,
         top_p=1.0 if asked.top_p is None else asked.top_p,
         top_k=max(0, asked.top_k or 0),
+        min_p=asked.min_p or 0.0,
+        presence_penalty=asked.presence_penalty or 0.0,
+        frequency_penalty=asked.frequency_penalty or 0.0,
+        repetition_penalty=asked.repetition_penalty or 1.0,
+        logit_bias=asked.logit_bias or {},
+        seed=asked.seed,
         stop=(asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ()),
+        include_stop=bool(asked.include_stop_str_in_output),
+        stop_token_ids=tuple(asked.stop_token_ids or ()),
         ignore_eos=bool(asked.ignore_eos),
+        min_tokens=asked.min_tokens or 0,
+        bad_words=tuple(asked.bad_words or ()),
+        allowed_token_ids=None if asked.allowed_token_ids is None else tuple(asked.allowed_token_ids),
     )
-
-
-def extra_of(asked: SampledRequest, capabilities: frozenset[str]) -> dict[str, Any]:
-    """The fields beyond `Sampling` that ask for something. Raises BadRequest for those that the engine
-    does not have."""
-    extra: dict[str, Any] = {}
-    for field, neutral in _NEUTRAL.items():
-        value = getattr(asked, field)
-        if value is None or value == neutral:
-            continue
-        if field not in capabilities:
-            raise unsupported(field)
-        extra[field] = value
-    if asked.seed is not None and "seed" in capabilities:  # elsewhere best effort, as OpenAI describes it
-        extra["seed"] = asked.seed
-    return extra
 
 
 def unsupported(field: str) -> BadRequest:
@@ -289,7 +299,7 @@ def _plain(message: ChatMessage, at: int) -> dict[str, Any]:
 
 
 _MISSING = re.compile(r"^Object missing required field `([^`]+)`(?: - at `\$\.?(.*)`)?$")
-_LOCATED = re.compile(r"^(.*?)(?: - at `\$\.?(.*)`)?$", re.DOTALL)
+_LOCATED = re.compile(r"^(.*?)(?: - at (?:`key` in )?`\$\.?(.*)`)?$", re.DOTALL)
 
 
 def explain(problem: str) -> BadRequest:

@@ -13,7 +13,8 @@ import msgspec
 from inference.engines.base import Delta, Detail, GenerationRequest, Tools
 from inference.engines.chat import DONE, ChatRequest, StreamOptions
 from inference.engines.logprobs import of_chat
-from inference.engines.tools import Call, CallParser
+from inference.engines.tool_forms import HERMES, Form
+from inference.engines.tools import CallParser, CallPiece
 from inference.engines.usage import Totals
 
 
@@ -29,6 +30,7 @@ class ChatChunks:
         request_id: str,
         model: str,
         created: int,
+        form: Form = HERMES,
     ) -> None:
         options = chat.stream_options or StreamOptions()
         self._final_usage = bool(options.include_usage)
@@ -43,7 +45,7 @@ class ChatChunks:
             + msgspec.json.encode(model)
             + b',"choices":['
         )
-        self._choices = [_Choice(self._head, at, wanted.tools) for at in range(totals.unfinished)]
+        self._choices = [_Choice(self._head, at, wanted.tools, form) for at in range(totals.unfinished)]
 
     def step(self, at: int, delta: Delta) -> bytes:
         """What one more delta adds, counted; a choice's first one adds its role, the very last one the
@@ -75,19 +77,20 @@ class ChatChunks:
         return said + self._tail()
 
     def _detailed(self, choice: _Choice, delta: Delta, detail: Detail) -> bytes:
-        text, calls = choice.read(delta.text, ended=delta.finish_reason is not None)
+        text, pieces = choice.read(delta.text, ended=delta.finish_reason is not None)
         events = b""
         if detail.reasoning:
             thought = {"reasoning": detail.reasoning, "reasoning_content": detail.reasoning}
             events += self._chunk(choice, thought)
-        silent = self._continuous and delta.finish_reason is None and not (events or calls)
+        silent = self._continuous and delta.finish_reason is None and not (events or pieces)
         if text or detail.tokens or silent:
             events += self._chunk(choice, {"content": text}, detail)
-        for at, call in enumerate(calls, start=choice.told):
-            events += self._chunk(choice, {"tool_calls": [{"index": at, **_call(call, arguments="")}]})
-            arguments = {"index": at, "function": {"arguments": call.arguments}}
-            events += self._chunk(choice, {"tool_calls": [arguments]})
-        choice.told += len(calls)
+        for piece in pieces:
+            if piece.name:
+                call = {"index": piece.index, **_call(piece.id, piece.name, "")}
+                events += self._chunk(choice, {"tool_calls": [call]})
+            more = {"index": piece.index, "function": {"arguments": piece.arguments}}
+            events += self._chunk(choice, {"tool_calls": [more]})
         return events
 
     def _chunk(self, choice: _Choice, fields: dict[str, Any], detail: Detail | None = None) -> bytes:
@@ -108,7 +111,7 @@ class ChatChunks:
             + self._tail()
         )
 
-    def _finish(self, choice: _Choice, reason: str, stop: str | None) -> bytes:
+    def _finish(self, choice: _Choice, reason: str, stop: str | int | None) -> bytes:
         """The last chunk of the choice; after the last choice the usage if it was asked for, and the end."""
         last = (
             choice.delta
@@ -139,8 +142,10 @@ class WholeChat:
         request_id: str,
         model: str,
         created: int,
+        form: Form = HERMES,
     ) -> None:
         self._wanted = wanted
+        self._form = form
         self._totals = totals
         self._answer: dict[str, Any] = {
             "id": f"chatcmpl-{request_id}",
@@ -164,20 +169,20 @@ class WholeChat:
         return msgspec.json.encode(answer)
 
     def _choice(self, at: int, deltas: list[Delta]) -> dict[str, Any]:
-        choice = _Choice(b"", at, self._wanted.tools)
+        choice = _Choice(b"", at, self._wanted.tools, self._form)
         details = [delta.detail for delta in deltas if delta.detail is not None]
         reason = deltas[-1].finish_reason or ""
-        content, calls = choice.read("".join(delta.text for delta in deltas), ended=True)
+        content, pieces = choice.read("".join(delta.text for delta in deltas), ended=True)
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": None if calls and not content.strip() else content,
+            "content": None if pieces and not content.strip() else content,
             "refusal": None,
             "annotations": [],
         }
         if reasoning := "".join(detail.reasoning for detail in details):
             message |= {"reasoning": reasoning, "reasoning_content": reasoning}
-        if calls:
-            message["tool_calls"] = [_call(call, arguments=call.arguments) for call in calls]
+        if pieces:
+            message["tool_calls"] = _whole_calls(pieces)
         told: dict[str, Any] = {
             "index": at,
             "message": message,
@@ -194,8 +199,8 @@ class WholeChat:
         return told
 
 
-def stopped_by(stop: str | None) -> bytes:
-    """The end of a chunk's choice: which stop string ended it, as vLLM tells it, where one did."""
+def stopped_by(stop: str | int | None) -> bytes:
+    """The end of a chunk's choice: which stop string or token ended it, as vLLM tells it, where one did."""
     return b"" if stop is None else b',"stop_reason":' + msgspec.json.encode(stop)
 
 
@@ -206,24 +211,22 @@ _ROLE = b'{"role":"assistant","content":"","refusal":null}'
 class _Choice:
     """One choice on its way."""
 
-    def __init__(self, head: bytes, at: int, tools: Tools | None) -> None:
+    def __init__(self, head: bytes, at: int, tools: Tools | None, form: Form) -> None:
         self.delta = head + b'{"index":%d,"delta":' % at
         self.text = self.delta + b'{"content":'
         self.begun = False
-        self.told = 0
-        """Calls that chunks have told of."""
         self._named = tools is not None and tools.named is not None
-        self.calls = None if tools is None else CallParser(tools)
+        self.calls = None if tools is None else CallParser(tools, form)
 
-    def read(self, text: str, *, ended: bool) -> tuple[str, list[Call]]:
-        """What of the next text is for the reader, and the calls that it completes."""
+    def read(self, text: str, *, ended: bool) -> tuple[str, list[CallPiece]]:
+        """What of the next text is for the reader, and what is of calls."""
         if self.calls is None:
             return text, []
-        text, calls = self.calls.feed(text)
+        text, pieces = self.calls.feed(text)
         if ended:
             rest, last = self.calls.flush()
-            text, calls = text + rest, calls + last
-        return text, calls
+            text, pieces = text + rest, pieces + last
+        return text, pieces
 
     def reason(self, reason: str) -> str:
         """Why it ended, as clients are told. A function that had to be called is no news: `stop`."""
@@ -231,5 +234,11 @@ class _Choice:
         return "tool_calls" if called and reason == "stop" and not self._named else reason
 
 
-def _call(call: Call, *, arguments: str) -> dict[str, Any]:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+def _whole_calls(pieces: list[CallPiece]) -> list[dict[str, Any]]:
+    first = [piece for piece in pieces if piece.name]
+    written = ["".join(piece.arguments for piece in pieces if piece.index == one.index) for one in first]
+    return [_call(one.id, one.name, arguments) for one, arguments in zip(first, written, strict=True)]
+
+
+def _call(id_: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}

@@ -15,9 +15,9 @@ from inference.engines.chat import (
     MOST_TOP_LOGPROBS,
     SampledRequest,
     StreamOptions,
+    TokenId,
     asked_of,
     decode,
-    extra_of,
     refuse_unsupported,
     samples_of,
     sampling_of,
@@ -30,14 +30,13 @@ from inference.engines.usage import Totals
 DEFAULT_TOKENS = 16
 """OpenAI's, for this endpoint alone."""
 
-_TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-_TokenList = Annotated[list[_TokenId], msgspec.Meta(min_length=1)]
+_TokenList = Annotated[list[TokenId], msgspec.Meta(min_length=1)]
 
 
 class CompletionRequest(SampledRequest, kw_only=True):
     """The fields this server reads; null means "not given", unknown ones are ignored."""
 
-    prompt: str | Annotated[list[str | _TokenId | _TokenList], msgspec.Meta(min_length=1, max_length=2**20)]
+    prompt: str | Annotated[list[str | TokenId | _TokenList], msgspec.Meta(min_length=1, max_length=2**20)]
     max_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
@@ -73,7 +72,6 @@ def to_generations(
         best_of=asked.best_of not in (None, asked.samples),
         **asked_of(asked),
     )
-    extra = extra_of(asked, capabilities)
     sampling = sampling_of(asked, DEFAULT_TOKENS if asked.max_tokens is None else asked.max_tokens)
     structured = structured_of(asked)
     wanted: list[GenerationRequest] = []
@@ -86,7 +84,6 @@ def to_generations(
             top_logprobs=asked.logprobs,
             token_ids=bool(asked.return_token_ids),
             structured=structured,
-            extra=extra,
         )
         wanted += samples_of(one, asked.samples)
     return wanted

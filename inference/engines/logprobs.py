@@ -29,11 +29,21 @@ def of_text(tokens: tuple[Token, ...] | list[Token], offset: int) -> dict[str, A
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [
-            None
-            if token.logprob is None
-            else {token.text: token.logprob} | {one.text: one.logprob for one in token.top}
-            for token in tokens
-        ],
+        "top_logprobs": [None if token.logprob is None else _by_text(token) for token in tokens],
         "text_offset": offsets,
     }
+
+
+def _by_text(token: Token) -> dict[str, float | None]:
+    """The token and its alternatives. One that is no whole character has no text to be told by: its bytes
+    are, as OpenAI writes them."""
+    told = {token.text: token.logprob}
+    for one in token.top:
+        if one.id != token.id:
+            whole = one.raw == one.text.encode(errors="replace")
+            told.setdefault(one.text if whole else _written(one.raw), one.logprob)
+    return told
+
+
+def _written(raw: bytes) -> str:
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)

@@ -73,6 +73,7 @@ from inference.engines.simulated_forms import formed_text
 from inference.engines.simulated_words import (
     VOCABULARY_SIZE,
     Telling,
+    after,
     digest,
     echoed,
     lorem,
@@ -81,6 +82,7 @@ from inference.engines.simulated_words import (
     token_id,
 )
 from inference.engines.stops import StopStrings
+from inference.engines.tool_forms import HERMES
 from inference.protocol import Cause, Load, Progress
 
 _GARBAGE = (
@@ -137,6 +139,7 @@ class _Script:
 
 
 class SimulatedEngine:
+    tool_form = HERMES
     capabilities = frozenset(
         {
             "temperature",
@@ -158,6 +161,8 @@ class SimulatedEngine:
             "response_format",
             "structured_outputs",
             "reasoning_effort",
+            "continue_final_message",
+            "add_generation_prompt",
             "endpoint:chat",
             "endpoint:completions",
             "endpoint:tokenize",
@@ -226,8 +231,15 @@ class SimulatedEngine:
     async def _answer(
         self, request: GenerationRequest, messages: list[dict[str, Any]], prompt: int, room: int
     ) -> AsyncGenerator[Delta, None]:
+        begun = ""
+        if request.template.continued:
+            begun = str(messages[-1].get("content") or "")
+            messages = messages[:-1]
         script = _read_script(messages)
         words, natural = self._words(request, messages, script)
+        if begun:
+            words, said = after(words, len(begun))
+            natural = max(1, natural - said)
         thoughts = _THOUGHTS.get(request.reasoning_effort or "", 0) if script.think is None else script.think
         if thoughts:
             words = itertools.chain(itertools.islice(lorem(b"thoughts"), thoughts), words)

@@ -10,7 +10,7 @@ import msgspec
 
 from inference.engines.base import GenerationRequest, Structured, Tools
 from inference.engines.schemas import instance
-from inference.engines.tools import CLOSE, OPEN
+from inference.engines.tool_forms import CLOSE, OPEN
 
 _WORD = re.compile(r"[\w.-]+")
 _QUOTED = re.compile(r"""(?<!\w)(?:'([^']{1,4096})'|"([^"]{1,4096})")(?!\w)""")

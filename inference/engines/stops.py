@@ -6,10 +6,12 @@ from __future__ import annotations
 class StopStrings:
     """Feed it text as it comes; it gives back what may be shown and says when a stop string was met.
 
-    Text that could be the beginning of a stop string is held until it is clear that it is not.
+    Text that could be the beginning of a stop string is held until it is clear that it is not. `include`:
+    the stop string is shown.
     """
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
+    def __init__(self, stops: tuple[str, ...], *, include: bool = False) -> None:
+        self._include = include
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
         self.met: str | None = None
@@ -25,7 +27,8 @@ class StopStrings:
         if hits:
             # Of several in one place, the first that was given.
             at, self.met = min(hits, key=lambda hit: hit[0])
-            shown, self._held = self._held[:at], ""
+            end = at + len(self.met) if self._include else at
+            shown, self._held = self._held[:end], ""
             return shown
         keep = max(self._overlap(stop) for stop in self._stops)
         cut = len(self._held) - keep

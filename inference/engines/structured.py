@@ -20,7 +20,7 @@ class ResponseFormat(msgspec.Struct):
 
 
 class StructuredOutputs(msgspec.Struct):
-    """One of them; `regex` and the others are no fields of engines behind this server."""
+    """One of the first six."""
 
     json: str | dict[str, Any] | None = None
     choice: Annotated[list[str], msgspec.Meta(min_length=1, max_length=1024)] | None = None
@@ -28,7 +28,12 @@ class StructuredOutputs(msgspec.Struct):
     regex: str | None = None
     grammar: str | None = None
     structural_tag: str | dict[str, Any] | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
 
+
+KINDS = ("json", "choice", "json_object", "regex", "grammar", "structural_tag")
+_OF_SOME = ("regex", "grammar", "structural_tag", "disable_additional_properties")
 
 _OBJECT: dict[str, Any] = {"type": "object"}
 
@@ -53,7 +58,7 @@ def of_format(asked: ResponseFormat) -> Structured | None:
 
 def of_outputs(asked: StructuredOutputs) -> Structured | None:
     """None: nothing is asked for. Raises BadRequest."""
-    given = [name for name in asked.__struct_fields__ if getattr(asked, name) not in (None, False)]
+    given = [name for name in KINDS if getattr(asked, name) not in (None, False)]
     if not given:
         return None
     if len(given) > 1:
@@ -66,11 +71,19 @@ def of_outputs(asked: StructuredOutputs) -> Structured | None:
     param = f"structured_outputs.{kind}"
     if asked.choice is not None:
         return Structured(param=param, choices=tuple(asked.choice))
-    if asked.json_object:
-        return Structured(param=param, schema=_OBJECT)
-    if asked.json is None:
-        raise BadRequest(f"This model does not support '{param}'.", param=param, code="unsupported_parameter")
-    return Structured(param=param, schema=_schema(asked.json, param))
+    if asked.regex is not None:
+        return Structured(param=param, regex=asked.regex)
+    if asked.grammar is not None:
+        return Structured(param=param, grammar=asked.grammar)
+    schema = _OBJECT if asked.json is None else _schema(asked.json, param)
+    return Structured(param=param, schema=schema, compact=bool(asked.disable_any_whitespace))
+
+
+def of_some(asked: StructuredOutputs | None) -> dict[str, bool]:
+    """What of it only some engines have, under the names of capabilities, and whether it is asked for."""
+    return {
+        f"structured_outputs.{name}": getattr(asked, name, None) not in (None, False) for name in _OF_SOME
+    }
 
 
 def _schema(given: str | dict[str, Any], param: str) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 Nothing that was logged can forge a line: control characters in sentences and values are escaped, and the
 lines of a traceback are indented. Each line that belongs to a request carries its `request_id`, whoever
-logs it: Django, a library, or code of ours that does not know it.
+logs it: Django, a library, or code of ours that does not know it. What PostgreSQL adds to its errors, the row
+that it refused among it, is left out: it is somebody's data. A key of ours appears as its public part, even
+where somebody has put it into a URL.
 """
 
 from __future__ import annotations
@@ -10,13 +12,16 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Iterator
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii
 
 from inference.http import request_id_now
+from registry.keys import KEY_PATTERN
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _INDENT = "    "
+_DETAIL = "\nDETAIL:"
 _PLAIN = frozenset({str, int, float, bool, list, tuple, dict, type(None)})
 _DERIVED = (str, int)
 """Enums, mostly."""
@@ -36,6 +41,44 @@ def _facts(record: logging.LogRecord) -> list[tuple[str, object]]:
     return facts
 
 
+def _sentence(record: logging.LogRecord) -> str:
+    sentence = record.getMessage()
+    if isinstance(record.args, tuple):
+        for argument in record.args:
+            if isinstance(argument, BaseException):
+                sentence = _without_details(sentence, argument)
+    return sentence
+
+
+def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> str:
+    if not record.exc_info or record.exc_info[1] is None:
+        return ""
+    return _without_details(formatter.formatException(record.exc_info), record.exc_info[1])
+
+
+def _without_details(text: str, error: BaseException) -> str:
+    for one in _chain(error):
+        told = str(one)
+        if _DETAIL in told:
+            text = text.replace(told, told.partition(_DETAIL)[0])
+    return text
+
+
+def _masked(line: str) -> str:
+    return KEY_PATTERN.sub(r"sk-\1-***", line) if "sk-" in line else line
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that led to it."""
+    open_, seen = [error], set()
+    while open_:
+        one = open_.pop()
+        if id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            open_ += [led for led in (one.__cause__, one.__context__) if led is not None]
+
+
 class LineFormatter(logging.Formatter):
     """For people.
 
@@ -44,15 +87,14 @@ class LineFormatter(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        sentence = record.getMessage()
+        sentence = _sentence(record)
         if not sentence.isprintable():
             sentence = sentence.encode("unicode_escape").decode()
         facts = "".join([f" {key}={_text(value)}" for key, value in _facts(record)])
         line = f"{_stamp(record.created)} {record.levelname} {sentence}{facts}"
-        if record.exc_info:
-            trace = self.formatException(record.exc_info)
+        if trace := _trace(self, record):
             line += "".join(f"\n{_INDENT}{_visible(part)}" for part in trace.splitlines())
-        return line
+        return _masked(line)
 
 
 class JsonFormatter(logging.Formatter):
@@ -66,13 +108,13 @@ class JsonFormatter(logging.Formatter):
             "time": _stamp(record.created),
             "level": record.levelname,
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _sentence(record),
         }
         # A fact cannot pass for what this line says of itself.
         line |= {key: value for key, value in _facts(record) if key not in line}
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        if trace := _trace(self, record):
+            line["exception"] = trace
+        return _masked(json.dumps(line, default=str))
 
 
 def _stamp(created: float) -> str:

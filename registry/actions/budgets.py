@@ -15,13 +15,13 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, time, timedelta, tzinfo
-from typing import Any
+from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 from django.conf import settings
 from django.contrib.auth import get_user_model
 from django.core.exceptions import ValidationError
-from django.db import transaction
+from django.db import connection, transaction
 from django.db.models import F, Q
 
 from registry.actions.events import publish_change, record_event
@@ -30,6 +30,7 @@ from registry.errors import BudgetExhausted, InvalidInput
 from registry.models import ApiKey, Budget, BudgetPeriod, Gateway, Hold, Project, Route, UsageEvent
 from registry.models.budget import MOST_LIMIT, BudgetPeriodName, BudgetScope, BudgetUnit
 from registry.querysets import database_now
+from registry.statements import aware, change, insert, select
 
 HOLDS_KEPT = timedelta(hours=1)
 """The hold of a gateway that is silent is given back after this long, if no event has come of it."""
@@ -54,6 +55,12 @@ def hard_budgets(*, key_public_id: str, project_id: int, user_id: int | None) ->
     if user_id is not None:
         mine |= Q(scope=BudgetScope.USER, subject=str(user_id))
     return tuple(Budget.objects.filter(mine, hard=True).order_by("pk").values_list("pk", flat=True))
+
+
+def route_budgets() -> dict[int, str]:
+    """The hard budgets that count one route only, by number: its name."""
+    budgets = Budget.objects.filter(scope=BudgetScope.ROUTE, hard=True)
+    return dict(budgets.order_by().values_list("pk", "subject"))
 
 
 def find_subject(scope: str, text: str) -> tuple[str, str]:
@@ -162,34 +169,38 @@ def reserve(
         raise ValueError("A request cannot use less than nothing.")
     # More than any limit there can be: no sum below leaves its 64 bits.
     prompt_tokens, completion_tokens = min(prompt_tokens, MOST_LIMIT), min(completion_tokens, MOST_LIMIT)
-    budgets = [
-        budget
-        for budget in Budget.objects.filter(pk__in=budget_ids, hard=True).order_by("pk")
-        if budget.scope != BudgetScope.ROUTE or budget.subject == route
-    ]
+    at = datetime.fromtimestamp(started_at, UTC)
+    budgets = select(_CONCERNING, at, at, tuple(budget_ids), route) if budget_ids else []
     if not budgets:
         return
-    at = datetime.fromtimestamp(started_at, UTC)
     price = PriceBook([route]).in_force(route, at)
     cost = most_micros(price, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
-    amounts = {BudgetUnit.TOKENS: prompt_tokens + completion_tokens, BudgetUnit.MONEY: cost}
-    periods = _Periods(budgets, at, at)
-    places = [(periods.of(budget, at), budget) for budget in budgets]
+    amounts = {BudgetUnit.TOKENS.value: prompt_tokens + completion_tokens, BudgetUnit.MONEY.value: cost}
+    places = sorted(
+        (period or _make_period(budget, at).pk, budget, limit, min(amounts[unit], MOST_LIMIT + 1))
+        for budget, limit, unit, period in budgets
+    )
     holds = []
-    for period, budget in sorted(places, key=lambda place: place[0].pk):
-        amount = min(amounts[BudgetUnit(budget.unit)], MOST_LIMIT + 1)
-        # The guard and the change are one statement: checked again by the database under the row's lock.
-        room = BudgetPeriod.objects.filter(pk=period.pk, spent__lte=budget.limit - amount - F("held"))
-        if not room.update(held=F("held") + amount):
+    for period, budget, limit, amount in places:
+        if not change(_SET_ASIDE, amount, period, limit - amount):
             raise _exhausted(budget, period, amount, at)
-        hold = Hold(request_id=request_id, budget_period=period, amount=amount, gateway=gateway[:80])
-        hold.price_id = price.pk if price is not None else None
-        holds.append(hold)
-    Hold.objects.bulk_create(holds)
+        holds.append((request_id, period, amount, price.pk if price is not None else None, gateway[:80]))
+    insert(Hold, ("request_id", "budget_period_id", "amount", "price_id", "gateway"), holds)
 
 
-def _exhausted(budget: Budget, period: BudgetPeriod, amount: int, at: datetime) -> BudgetExhausted:
-    period.refresh_from_db()
+_CONCERNING = """
+    SELECT budget.id, budget."limit", budget.unit, period.id
+    FROM registry_budget budget LEFT JOIN registry_budgetperiod period
+    ON period.budget_id = budget.id AND period.start <= %s AND (period."end" IS NULL OR period."end" > %s)
+    WHERE budget.id IN %s AND budget.hard AND (budget.scope <> 'route' OR budget.subject = %s)
+    ORDER BY budget.id
+"""
+# The guard and the change are one statement: checked again by the database under the row's lock.
+_SET_ASIDE = "UPDATE registry_budgetperiod SET held = held + %s WHERE id = %s AND spent <= %s - held"
+
+
+def _exhausted(budget_id: int, period_id: int, amount: int, at: datetime) -> BudgetExhausted:
+    budget, period = Budget.objects.get(pk=budget_id), BudgetPeriod.objects.get(pk=period_id)
     passing = period.spent + amount <= budget.limit
     whole = {"day": "daily", "month": "monthly", "total": "whole"}[budget.period]
     limit, spent, held, most = (
@@ -223,21 +234,43 @@ def amount_text(budget: Budget, amount: int) -> str:
 # -- A request that has ended. Called within the transaction that appends its event.
 
 
-def open_holds(request_ids: Iterable[str]) -> dict[str, list[Hold]]:
+class OpenHold(NamedTuple):
+    """A hold as its event needs it."""
+
+    pk: int
+    request_id: str
+    amount: int
+    price_id: int | None
+    period_id: int
+    budget_id: int
+    unit: str
+
+
+_HOLDS = """
+    SELECT hold.id, hold.request_id, hold.amount, hold.price_id, period.id, budget.id, budget.unit
+    FROM registry_hold hold
+    JOIN registry_budgetperiod period ON period.id = hold.budget_period_id
+    JOIN registry_budget budget ON budget.id = period.budget_id
+    WHERE hold.request_id IN %s ORDER BY hold.id
+"""
+
+
+def open_holds(request_ids: Iterable[str]) -> dict[str, list[OpenHold]]:
     """The holds of these requests, locked until the transaction ends."""
-    found: dict[str, list[Hold]] = {}
-    holds = Hold.objects.select_for_update(of=("self",)).select_related("budget_period__budget")
-    for hold in holds.filter(request_id__in=list(request_ids)).order_by("pk"):
+    found: dict[str, list[OpenHold]] = {}
+    # SQLite has one writer at a time anyway.
+    lock = " FOR UPDATE OF hold" if connection.features.has_select_for_update_of else ""
+    for hold in map(OpenHold._make, select(_HOLDS + lock, tuple(request_ids))):
         found.setdefault(hold.request_id, []).append(hold)
     return found
 
 
-def within_holds(event: UsageEvent, holds: Sequence[Hold]) -> bool:
+def within_holds(event: UsageEvent, holds: Iterable[OpenHold]) -> bool:
     """False for an event that used more than the most it could use: its figures are not to be trusted."""
-    return all(_used(event, hold.budget_period.budget) <= hold.amount for hold in holds)
+    return all(_used(event, hold.unit) <= hold.amount for hold in holds)
 
 
-def settle(events: Sequence[UsageEvent], holds: Mapping[str, Sequence[Hold]]) -> None:
+def settle(events: Sequence[UsageEvent], holds: Mapping[str, Sequence[OpenHold]]) -> None:
     """Count events that are new in the ledger, and end their holds.
 
     What was set aside settles to the period where it stands; in the other budgets, hard or soft, an event
@@ -245,62 +278,70 @@ def settle(events: Sequence[UsageEvent], holds: Mapping[str, Sequence[Hold]]) ->
     """
     ended = [hold for held in holds.values() for hold in held]
     if ended:
-        Hold.objects.filter(pk__in=[hold.pk for hold in ended]).delete()
+        change("DELETE FROM registry_hold WHERE id IN %s", tuple(hold.pk for hold in ended))
     budgets = _BudgetsOf(events)
     if not budgets.all and not ended:
         return
     spent: defaultdict[int, int] = defaultdict(int)
     held: defaultdict[int, int] = defaultdict(int)
-    periods = _Periods(
-        budgets.all, min(event.started_at for event in events), max(event.started_at for event in events)
-    )
     counted = []
     for event in events:
         done = set()
         for hold in holds.get(event.request_id, ()):
-            period = hold.budget_period
-            held[period.pk] += hold.amount
-            spent[period.pk] += _used(event, period.budget)
-            done.add(period.budget_id)
+            held[hold.period_id] += hold.amount
+            spent[hold.period_id] += _used(event, hold.unit)
+            done.add(hold.budget_id)
         for budget in budgets.of(event):
-            amount = _used(event, budget)
+            amount = _used(event, budget.unit)
             if amount and budget.pk not in done and event.started_at >= budget.starts_at:
-                counted.append((budget, event.started_at, amount))
+                counted.append((budget.pk, event.started_at, amount))
+    periods = _Periods(counted)
     # Sorted: whoever makes missing periods makes them in this order.
-    for budget, at, amount in sorted(counted, key=lambda one: (one[0].pk, one[1])):
-        spent[periods.of(budget, at).pk] += amount
+    for budget_id, at, amount in sorted(counted):
+        spent[periods.of(budget_id, at)] += amount
     for pk in sorted({*spent, *held}):
-        BudgetPeriod.objects.filter(pk=pk).update(spent=F("spent") + spent[pk], held=F("held") - held[pk])
+        change(_SETTLE, spent[pk], held[pk], pk)
 
 
-def _used(event: UsageEvent, budget: Budget) -> int:
-    if budget.unit == BudgetUnit.MONEY:
+_SETTLE = "UPDATE registry_budgetperiod SET spent = spent + %s, held = held - %s WHERE id = %s"
+
+
+def _used(event: UsageEvent, unit: str) -> int:
+    if unit == BudgetUnit.MONEY:
         return event.cost_micros
     return event.prompt_tokens + event.completion_tokens
+
+
+class _Counting(NamedTuple):
+    """A budget as the events that it counts need it."""
+
+    pk: int
+    unit: str
+    starts_at: datetime
 
 
 class _BudgetsOf:
     """The budgets, hard and soft, that count some events."""
 
     def __init__(self, events: Sequence[UsageEvent]) -> None:
-        self._found: dict[tuple[str, str], list[Budget]] = {}
+        self._found: dict[tuple[str, str], list[_Counting]] = {}
         self._owners: dict[str, int] = {}
-        self.all: list[Budget] = []
-        if not Budget.objects.exists():
+        self.all: list[_Counting] = []
+        if not select("SELECT 1 FROM registry_budget LIMIT 1"):
             return
         keys = {event.key_public_id for event in events}
-        owned = ApiKey.objects.filter(public_id__in=keys, owner__isnull=False)
-        self._owners = dict(owned.values_list("public_id", "owner_id"))
+        self._owners = dict(select(_OWNERS, tuple(keys)))
         self._owners |= {key: int(chat[1]) for key in keys if (chat := CHAT_KEY.fullmatch(key))}
-        counts = Q(scope=BudgetScope.KEY, subject__in=keys)
-        counts |= Q(scope=BudgetScope.PROJECT, subject__in={str(event.project_id) for event in events})
-        counts |= Q(scope=BudgetScope.ROUTE, subject__in={event.route for event in events})
-        counts |= Q(scope=BudgetScope.USER, subject__in={str(owner) for owner in self._owners.values()})
-        self.all = list(Budget.objects.filter(counts).order_by("pk"))
-        for budget in self.all:
-            self._found.setdefault((budget.scope, budget.subject), []).append(budget)
+        projects = {str(event.project_id) for event in events}
+        # Nobody has the empty name: without an owner there would be no list.
+        owners = {"", *map(str, self._owners.values())}
+        subjects = (keys, projects, {event.route for event in events}, owners)
+        for pk, scope, subject, unit, starts_at in select(_COUNTING, *map(tuple, subjects)):
+            budget = _Counting(pk, unit, aware(starts_at))
+            self.all.append(budget)
+            self._found.setdefault((scope, subject), []).append(budget)
 
-    def of(self, event: UsageEvent) -> Iterable[Budget]:
+    def of(self, event: UsageEvent) -> Iterable[_Counting]:
         if not self.all:
             return
         yield from self._found.get((BudgetScope.KEY, event.key_public_id), ())
@@ -309,6 +350,15 @@ class _BudgetsOf:
         owner = self._owners.get(event.key_public_id)
         if owner is not None:
             yield from self._found.get((BudgetScope.USER, str(owner)), ())
+
+
+_OWNERS = "SELECT public_id, owner_id FROM registry_apikey WHERE public_id IN %s AND owner_id IS NOT NULL"
+_COUNTING = """
+    SELECT id, scope, subject, unit, starts_at FROM registry_budget
+    WHERE scope = 'key' AND subject IN %s OR scope = 'project' AND subject IN %s
+    OR scope = 'route' AND subject IN %s OR scope = 'user' AND subject IN %s
+    ORDER BY id
+"""
 
 
 # -- Holds that nobody will settle.
@@ -383,28 +433,35 @@ def _midnight(day: date, zone: tzinfo) -> datetime:
 
 
 class _Periods:
-    """The periods of some budgets in which instants from `first` to `last` lie; made where missing."""
+    """The periods in which budgets count instants, numbers all of them; made where missing."""
 
-    def __init__(self, budgets: Sequence[Budget], first: datetime, last: datetime) -> None:
-        self._known: dict[int, list[BudgetPeriod]] = {budget.pk: [] for budget in budgets}
-        if not budgets:
+    def __init__(self, counted: Sequence[tuple[int, datetime, int]]) -> None:
+        self._known: defaultdict[int, list[tuple[datetime, datetime | None, int]]] = defaultdict(list)
+        if not counted:
             return
-        within = Q(start__lte=last) & (Q(end__isnull=True) | Q(end__gt=first))
-        for period in BudgetPeriod.objects.filter(within, budget__in=self._known).order_by("start"):
-            self._known[period.budget_id].append(period)
+        budgets, instants = {budget_id for budget_id, _, _ in counted}, [at for _, at, _ in counted]
+        for budget_id, start, end, pk in select(_PERIODS, tuple(budgets), max(instants), min(instants)):
+            self._known[budget_id].append((aware(start), aware(end) if end is not None else None, pk))
 
-    def of(self, budget: Budget, at: datetime) -> BudgetPeriod:
-        known = self._known[budget.pk]
-        for period in known:
-            if period.start <= at and (period.end is None or at < period.end):
-                return period
-        period = _make_period(budget, at)
-        known.append(period)
-        return period
+    def of(self, budget_id: int, at: datetime) -> int:
+        known = self._known[budget_id]
+        for start, end, pk in known:
+            if start <= at and (end is None or at < end):
+                return pk
+        period = _make_period(budget_id, at)
+        known.append((period.start, period.end, period.pk))
+        return period.pk
 
 
-def _make_period(budget: Budget, at: datetime) -> BudgetPeriod:
+_PERIODS = """
+    SELECT budget_id, start, "end", id FROM registry_budgetperiod
+    WHERE budget_id IN %s AND start <= %s AND ("end" IS NULL OR "end" > %s) ORDER BY start
+"""
+
+
+def _make_period(budget_id: int, at: datetime) -> BudgetPeriod:
     """The budget's period at `at`, which nobody has met before; others may make it in the same moment."""
+    budget = Budget.objects.get(pk=budget_id)
     start, end = calendar_period(budget.period, _zone_of(budget), at)
     # When the project's time zone has been changed, a period runs on to the end that it had.
     others = BudgetPeriod.objects.filter(budget=budget)

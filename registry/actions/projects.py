@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from django.contrib.auth import get_user_model
 from django.core.exceptions import ValidationError
 from django.db import transaction
 from django.db.models import ProtectedError
@@ -73,6 +74,15 @@ def note_person_changed(*, user_id: int) -> None:
     """A person was perhaps disabled: the gateways look at their keys and chats again."""
     publish_key_changes(ApiKey.objects.filter(owner_id=user_id, revoked_at__isnull=True))
     publish_change("api_key", f"{PERSON}{user_id}")
+
+
+def note_people_changed(disabled: frozenset[int]) -> frozenset[int]:
+    """Who is disabled now. Of those who were not when it was `disabled`, or are no more, the gateways look at
+    keys and chats again: an update of many people at once tells no signal of it."""
+    now = frozenset(get_user_model().objects.filter(is_active=False).values_list("pk", flat=True))
+    for user_id in sorted(now ^ disabled):
+        note_person_changed(user_id=user_id)
+    return now
 
 
 @transaction.atomic

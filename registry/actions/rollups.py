@@ -35,6 +35,7 @@ from django.db.models.functions import Cast, Coalesce, Floor, Ln
 from registry.histograms import SCALE, add_to
 from registry.models import Grain, UsageAudit, UsageDay, UsageEvent, UsageHour, UsageRollup, UsageSummary
 from registry.querysets import database_now
+from registry.statements import change
 
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
@@ -111,12 +112,14 @@ def mark_stale(hours: Iterable[datetime]) -> None:
     """These hours get events in this transaction. Each is locked until the transaction ends, so that
     nobody rolls it up without them."""
     # Sorted: two batches that share several hours lock them in the same order.
-    UsageHour.objects.bulk_create(
-        [UsageHour(start=start, stale=True) for start in sorted(set(hours))],
-        update_conflicts=True,
-        unique_fields=["start"],
-        update_fields=["stale"],
-    )
+    for start in sorted(set(hours)):
+        change(_MARK_STALE, start)
+
+
+_MARK_STALE = (
+    "INSERT INTO registry_usagehour (start, stale) VALUES (%s, true) "
+    "ON CONFLICT (start) DO UPDATE SET stale = true"
+)
 
 
 def count_buckets(events: QuerySet[UsageEvent], *columns: str) -> Iterator[dict[str, Any]]:

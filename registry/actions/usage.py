@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 from django.db import transaction
 
@@ -10,7 +11,12 @@ from registry.actions.budgets import open_holds, settle, within_holds
 from registry.actions.rollups import hour_of, mark_stale
 from registry.costs import PriceBook, cost_micros
 from registry.models import Price, UsageEvent
+from registry.statements import insert, select
 from registry.states import Outcome
+
+_RECORDED = "SELECT request_id FROM registry_usageevent WHERE request_id IN %s"
+_COLUMNS = tuple(field.attname for field in UsageEvent._meta.concrete_fields if not field.primary_key)
+_figures = attrgetter(*_COLUMNS)
 
 MORE_THAN_HELD = "used more than it could"
 """A flag: more than its prompt and what it asked for allow, as a worker that miscounts reports it."""
@@ -24,11 +30,13 @@ def record_usage(events: Sequence[UsageEvent]) -> None:
 
     An event may come long after its hour: it marks that hour stale, so that it is added up again.
     """
+    if not events:
+        return
     # First of all, for it locks the hours until the end: whoever brings the same events in this moment waits
     # here, and finds them in the ledger afterwards. So "new" below is certain, and settled once.
     mark_stale(hour_of(event.started_at) for event in events)
     unique = {event.request_id: event for event in reversed(events)}
-    known = set(UsageEvent.objects.filter(request_id__in=unique).values_list("request_id", flat=True))
+    known = {request_id for (request_id,) in select(_RECORDED, tuple(unique))}
     new = [event for event in reversed(unique.values()) if event.request_id not in known]
     if not new:
         return
@@ -43,14 +51,14 @@ def record_usage(events: Sequence[UsageEvent]) -> None:
         event.cost_micros, event.price_id = charge(event, price)
         if not within_holds(event, held):
             event.flagged = event.flagged or MORE_THAN_HELD
-    # Not `ignore_conflicts`: SQLite would then also swallow an event that breaks a check.
-    UsageEvent.objects.bulk_create(new, batch_size=200)
+    # Conflicts are not ignored: none is left, and SQLite would also swallow an event that breaks a check.
+    insert(UsageEvent, _COLUMNS, [*map(_figures, new)])
     settle(new, holds)
 
 
 def charge(event: UsageEvent, price: Price | None) -> tuple[int, int | None]:
     """What an event costs by a price, and the number of the price. What was not answered costs nothing."""
-    if price is None or event.outcome == Outcome.FAILED:
+    if price is None or not _answered(event):
         return 0, None
     cost = cost_micros(
         price,
@@ -60,3 +68,11 @@ def charge(event: UsageEvent, price: Price | None) -> tuple[int, int | None]:
         milliseconds=max(0, (event.duration_ms or 0) - (event.queue_ms or 0)),
     )
     return cost, price.pk
+
+
+def _answered(event: UsageEvent) -> bool:
+    """False too for one whose client left, or whose gateway died, before anything was counted: it may not
+    even have been let through by its budgets, which would pay for what nobody set aside."""
+    if event.outcome == Outcome.OK:
+        return True
+    return event.outcome != Outcome.FAILED and bool(event.prompt_tokens or event.completion_tokens)

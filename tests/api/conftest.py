@@ -76,9 +76,14 @@ class Worker:
 
 
 @contextlib.contextmanager
-def worker_process(worker_id: int = WORKER_ID, **arguments: Any) -> Iterator[Worker]:
+def worker_process(
+    worker_id: int = WORKER_ID, model: Path | None = None, **arguments: Any
+) -> Iterator[Worker]:
+    """The simulated engine, or with a model's folder the transformers engine on it."""
     secret = worker_secret(settings.SECRET_KEY, worker_id, 1)
     spec = {"engine": "simulated", "slots": 64, "served_name": "sim", "arguments": arguments}
+    if model is not None:
+        spec |= {"engine": "transformers", "model_path": str(model), "slots": 4}
     listener = socket.create_server(("127.0.0.1", 0))
     process = subprocess.Popen(
         [sys.executable, "-m", "inference.engines.server", f"--fd={listener.fileno()}"],
@@ -92,7 +97,7 @@ def worker_process(worker_id: int = WORKER_ID, **arguments: Any) -> Iterator[Wor
         assert process.stdin is not None
         process.stdin.write(json.dumps(spec).encode())
         process.stdin.close()
-        eventually(worker.healthy, "the engine is ready", seconds=30)
+        eventually(worker.healthy, "the engine is ready", seconds=30 if model is None else 90)
         yield worker
     finally:
         process.kill()
@@ -252,9 +257,10 @@ def database_url() -> str:
 
 
 @contextlib.contextmanager
-def process_serving(*command: str, port: int, data: Path) -> Iterator[subprocess.Popen[bytes]]:
+def process_serving(*command: str, port: int, data: Path, **more: str) -> Iterator[subprocess.Popen[bytes]]:
     """A server process of our application on the test database, with a data folder of its own: what it
-    leaves in its spool must not be settled by the gateway of a later test."""
+    leaves in its spool must not be settled by the gateway of a later test. `more` goes into its
+    environment."""
     environment = {
         **os.environ,
         "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
@@ -262,6 +268,7 @@ def process_serving(*command: str, port: int, data: Path) -> Iterator[subprocess
         "ROUNDHOUSE_DATA": str(data),
         "ROUNDHOUSE_SECRET_KEY": settings.SECRET_KEY,
         "DJANGO_SETTINGS_MODULE": "config.settings.production",
+        **more,
     }
     process = subprocess.Popen([sys.executable, *command], env=environment, cwd=ROOT)
 

@@ -44,9 +44,9 @@ class Scripted:
 
 
 @contextlib.contextmanager
-def scripted() -> Iterator[Scripted]:
+def scripted(worker: Scripted | None = None) -> Iterator[Scripted]:
     """The worker, on a port of its own."""
-    worker = Scripted()
+    worker = worker or Scripted()
     listener = socket.create_server(("127.0.0.1", 0))
     worker.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     server = uvicorn.Server(uvicorn.Config(worker.asgi, lifespan="off", ws="none", log_config=None))

@@ -18,6 +18,7 @@ from django.utils import timezone
 from openai import APIError, AuthenticationError, PermissionDeniedError
 
 from config.front import make_application
+from inference.tasks import watch_people
 from openai_api.urls import urlpatterns
 from registry.actions.api_keys import change_api_key, revoke_api_key, rotate_api_key
 from registry.actions.events import publish_change
@@ -290,11 +291,16 @@ def _end(how: str, api_key: ApiKey) -> None:
         owner = get_user_model().objects.get(pk=api_key.owner_id)
         owner.is_active = False
         owner.save()
+    elif how == "disabled with others":
+        get_user_model().objects.filter(username__startswith="a").update(is_active=False)
+        # Control does so every two seconds.
+        time.sleep(2)
+        watch_people()
     else:
         get_user_model().objects.get(pk=api_key.owner_id).delete()
 
 
-@pytest.mark.parametrize("how", ["revoked", "expired", "disabled", "deleted"])
+@pytest.mark.parametrize("how", ["revoked", "expired", "disabled", "disabled with others", "deleted"])
 def test_f56_an_open_stream_ends_with_an_error_when_its_key_does(slow: Any, asking: Any, how: str) -> None:
     served, worker = slow
     project = make_project(name="people")
@@ -326,6 +332,7 @@ def test_f56_an_open_stream_ends_with_an_error_when_its_key_does(slow: Any, aski
     assert (cut.outcome, cut.status) == ("interrupted", 200)
     assert 0 < cut.completion_tokens < 100
     eventually(lambda: worker.load()["running"] <= 1, "the engine stopped", seconds=3)
+    assert served.chat(say("hi"), key=text).status == 401, "nor is anything begun with it"
     assert b"[DONE]" in read_to_the_end(other)
     assert served.front is not None
     eventually(lambda: served.front.gateway.guard.idle, "nothing is left behind")

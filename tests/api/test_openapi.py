@@ -10,18 +10,22 @@ from typing import Any
 
 import msgspec
 import pytest
+from django.contrib.auth import get_user_model
 from django.contrib.staticfiles import finders
+from django.test import Client
 from django.urls import URLPattern
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from config.front import Front, make_application
-from openai_api import answers
-from openai_api.described import EMBEDDER, KEPT, MODEL
+from openai_api import answers, management
+from openai_api.described import EMBEDDER, KEPT, KEY, MODEL
 from openai_api.document import document
 from openai_api.endpoints import ENDPOINTS
 from openai_api.protocol.sampled import OWNED
 from openai_api.urls import urlpatterns
 from registry.actions.events import publish_change
+from registry.actions.projects import set_role
+from registry.rights import Role
 from tests.api.conftest import CAPABILITIES, ROUTE, WORKER_ID, Answer, Served, Worker, serving
 from tests.api.embedder import CAPABILITIES as EMBEDDERS
 from tests.api.embedder import embedder
@@ -55,6 +59,12 @@ _NAMES = """
 PARAMETERS = set(_NAMES.split())
 """S2: all that a client may say, by name. A new one is added by hand, once it is sure that it decides nothing
 of ours."""
+_OF_KEYS = """
+    addresses after expires_at key_id limit metadata name overlap_seconds priority project reason routes
+    scopes
+"""
+OF_SESSIONS = set(_OF_KEYS.split())
+"""All that a person who is logged in may say of keys."""
 
 
 def told(path: str, method: str) -> dict[str, Any]:
@@ -62,8 +72,17 @@ def told(path: str, method: str) -> dict[str, Any]:
     return operation
 
 
+def is_public(operation: dict[str, Any]) -> bool:
+    return {} in operation.get("security", ())
+
+
+def is_by_session(operation: dict[str, Any]) -> bool:
+    return any("session" in one for one in operation.get("security", ()))
+
+
 def answered(path: str, method: str, kind: str = "application/json") -> dict[str, Any] | None:
-    content = told(path, method)["responses"].get("200", {}).get("content", {})
+    responses = told(path, method)["responses"]
+    content = responses.get("201", responses.get("200", {})).get("content", {})
     found: dict[str, Any] | None = content.get(kind)
     return found
 
@@ -112,19 +131,19 @@ def test_it_is_served_without_a_key_and_is_valid(served: Served) -> None:
 def test_it_has_every_path_that_is_routed() -> None:
     front: Front = make_application()
     described = {re.sub(r"\{\w+\}", "X", path) for path in document()["paths"]}
-    routes = [*front._http.routes, *urlpatterns]
+    routes = [("", route) for route in (*front._http.routes, *urlpatterns)]
+    routes += [("api/v1/", route) for route in management.urlpatterns]
     seen = set()
-    for route in routes:
+    for prefix, route in routes:
         assert isinstance(route, URLPattern)
-        text = re.sub(r"<\w+:\w+>|\(\?P<\w+>.*?\}\)", "X", str(route.pattern))
+        text = prefix + re.sub(r"<\w+:\w+>|\(\?P<\w+>.*?\}\)", "X", str(route.pattern))
         path = "/" + text.removeprefix("^").removesuffix(r"\Z")
         if (
             path.startswith(("/v1/models(", "/(v1|", "/api/v1/(projects"))
             or path == "/"
             or path.split("/")[1] in NOT_DESCRIBED
         ):
-            # Django's own routing below /v1/models, which `urlpatterns` tells; what is under no path; what
-            # people who are logged in manage their keys with.
+            # Django's own routing, which its `urlpatterns` tell; what is under no path.
             continue
         assert path in described, path
         seen.add(path)
@@ -133,29 +152,33 @@ def test_it_has_every_path_that_is_routed() -> None:
 
 def test_only_what_is_meant_for_clients_is_a_parameter() -> None:
     api = document()
-    names: set[str] = set()
+    of_keys: set[str] = set()
+    of_sessions: set[str] = set()
     for path, method in OPERATIONS:
         operation = told(path, method)
+        names = of_sessions if is_by_session(operation) else of_keys
         names |= {one["name"] for one in operation.get("parameters", ())}
         if "requestBody" in operation:
             schema = operation["requestBody"]["content"]["application/json"]["schema"]
             names |= set(
                 schema.get("properties") or api["components"]["schemas"][named(schema)]["properties"]
             )
-    assert names == PARAMETERS
-    assert not names & OWNED
+    assert of_keys == PARAMETERS
+    assert of_sessions == OF_SESSIONS
+    assert not of_keys & OWNED
 
 
 def test_every_operation_is_served_and_asks_for_a_key(served: Served) -> None:
     for path, method in OPERATIONS:
         operation = told(path, method)
-        url = path.replace("{model}", ROUTE).replace("{response_id}", KEPT)
-        body = b"{}" if method == "post" else None
+        url = path.replace("{model}", ROUTE).replace("{response_id}", KEPT).replace("{key_id}", KEY)
+        body = b"{}" if method in ("post", "patch") else None
         answer = served.request(method.upper(), url, body)
         assert str(answer.status) in operation["responses"], (path, answer.body)
         assert b"Invalid URL" not in answer.body
+        assert not is_by_session(operation) or answer.status == 401, "a key opens no management of keys"
         refused = served.request(method.upper(), url, body, key=None)
-        assert refused.status == (200 if "security" in operation else 401), path
+        assert refused.status == (200 if is_public(operation) else 401), path
 
 
 @pytest.mark.parametrize(("path", "method"), OPERATIONS)
@@ -164,7 +187,8 @@ def test_the_examples_of_answers_have_the_shape_that_is_described(path: str, met
     if content is None or "example" not in content:
         return
     kind = getattr(answers, named(content["schema"]))
-    msgspec.convert(content["example"], kind, strict=True)
+    # As it comes: an instant is a text.
+    msgspec.json.decode(json.dumps(content["example"]), type=kind, strict=True)
 
 
 def test_the_examples_of_requests_are_answered_as_the_examples_say(examples_served: Served) -> None:
@@ -178,7 +202,10 @@ def test_the_examples_of_requests_are_answered_as_the_examples_say(examples_serv
         if method == "delete":
             continue
         answer = ask(examples_served, path, method, kept)
-        assert answer.status == 200, (path, answer.body)
+        assert answer.status == (201 if "201" in told(path, method)["responses"] else 200), (
+            path,
+            answer.body,
+        )
         told_now = answer.json()
         if "/organization/" in path:
             told_now["data"] = [one for one in told_now["data"] if one["results"]]
@@ -187,7 +214,7 @@ def test_the_examples_of_requests_are_answered_as_the_examples_say(examples_serv
         compared += 1
     deleted = ask(examples_served, "/v1/responses/{response_id}", "delete", kept)
     assert deleted.json().keys() == answered("/v1/responses/{response_id}", "delete")["example"].keys()  # type: ignore[index]
-    assert compared > 20
+    assert compared > 27
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"])
@@ -207,6 +234,8 @@ def test_the_examples_of_streams_are_what_is_streamed(examples_served: Served, p
 def ask(served: Served, path: str, method: str, kept: str = KEPT, **more: Any) -> Answer:
     """Send the example of an operation."""
     operation = told(path, method)
+    if is_by_session(operation):
+        return ask_as_member(served, path, method)
     body = None
     if "requestBody" in operation:
         body = json.dumps(operation["requestBody"]["content"]["application/json"]["example"] | more).encode()
@@ -215,6 +244,30 @@ def ask(served: Served, path: str, method: str, kept: str = KEPT, **more: Any) -
     if "/organization/" in path:
         url += f"?start_time={int(time.time()) - 3600}&limit=31"
     return served.request(method.upper(), url, body)
+
+
+def session_of(user: Any) -> list[str]:
+    """The headers that a browser would send."""
+    client = Client()
+    client.force_login(user)
+    token = "t" * 32
+    cookies = f"sessionid={client.cookies['sessionid'].value}; csrftoken={token}"
+    return [f"Cookie: {cookies}", f"X-CSRFToken: {token}"]
+
+
+def ask_as_member(served: Served, path: str, method: str) -> Answer:
+    """The same of a person who has a key as the example says."""
+    user, _ = get_user_model().objects.get_or_create(username="ann")
+    project = make_project(name="research")
+    set_role(project=project, user=user, role=Role.MEMBER, by="test")
+    cidrs, scopes = ["10.0.0.0/8"], ["chat"]
+    key, _ = make_api_key(name="nightly build", owner=user, project=project, cidrs=cidrs, scopes=scopes)
+    body = None
+    if "requestBody" in (operation := told(path, method)):
+        example = operation["requestBody"]["content"]["application/json"]["example"]
+        body = json.dumps(example | ({"project": project.pk} if "project" in example else {})).encode()
+    url = path.replace("{key_id}", key.public_id)
+    return served.request(method.upper(), url, body, *session_of(user), key=None)
 
 
 @pytest.mark.parametrize("kind", ["of another model", "wrong"])
@@ -227,7 +280,9 @@ def test_every_operation_refuses_other_keys_as_described(examples_served: Served
     for path, method in OPERATIONS:
         operation = told(path, method)
         answer = ask(examples_served, path, method, kept)
-        if "security" in operation:
+        if is_by_session(operation):
+            assert answer.status in (200, 201), "keys are not looked at"
+        elif is_public(operation):
             assert answer.status == 200, path
         elif kind == "wrong":
             assert answer.status == 401, path
@@ -236,7 +291,7 @@ def test_every_operation_refuses_other_keys_as_described(examples_served: Served
         else:
             # Another project's response, a model that it may not use; the lists are short.
             assert answer.status == (200 if path == "/v1/models" or "/organization/" in path else 404), path
-        if answer.status != 200:
+        if answer.status >= 400:
             name = named(operation["responses"][str(answer.status)])
             content = document()["components"]["responses"][name]["content"]["application/json"]
             msgspec.json.decode(answer.body, type=getattr(answers, named(content["schema"])))
@@ -276,6 +331,9 @@ def test_every_field_of_a_request_is_explained() -> None:
         assert endpoint.parse(json.dumps(content["example"]).encode()).needs() == frozenset()
         for name in schema["required"]:
             assert name in content["example"]
+    for kind in (management.NewKeyRequest, management.KeyChangeRequest, management.KeyRotationRequest):
+        for name, field in document()["components"]["schemas"][kind.__name__]["properties"].items():
+            assert field.get("description"), (kind, name)
 
 
 def test_errors_have_the_shape_that_is_described(served: Served) -> None:

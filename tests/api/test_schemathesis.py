@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.contrib.auth import get_user_model
 
 from openai_api.described import EMBEDDER, MODEL
 from openai_api.document import document
+from registry.actions.projects import set_role
 from tests.api.conftest import ROUTE, Served
-from tests.api.test_openapi import ask, examples_served, vectors  # noqa: F401 - fixtures
+from tests.api.test_openapi import ask, examples_served, session_of, vectors  # noqa: F401 - fixtures
 from tests.factories import make_api_key, make_project
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -44,6 +46,7 @@ expected-statuses = [400, 401, 403, 404, 405, 413, 415, 429, "5xx"]
 """
 """A list longer than its bound may already be a body larger than any may be: that is 413."""
 KEYS = ("good", "of another model", "wrong")
+SESSION = "a session"
 _NO_CHAT = r"--include-path-regex=^/(v1/(embeddings|models|organization|responses/)|[a-z]+$)"
 QUICK = {
     # Every field with every wrong kind of value, every bound, every method that there is not: of chat alone
@@ -90,6 +93,29 @@ def test_a_few_random_requests_are_answered_as_described(
     )
 
 
+def test_keys_are_managed_as_described(examples_served: Served, tmp_path: Path) -> None:  # noqa: F811
+    _manage_keys(examples_served, tmp_path, 32, "--phases=coverage")
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_keys_are_managed_as_described_whatever_is_sent(
+    examples_served: Served,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    _manage_keys(examples_served, tmp_path, None, "--phases=coverage,fuzzing", "--max-examples=30")
+
+
+def _manage_keys(served: Served, folder: Path, most: int | None, *options: str) -> None:
+    api = narrowed(served, most=most)
+    # schemathesis would take a cookie that is given as a header for one that is missing.
+    api["security"] = []
+    for item in api["paths"].values():
+        for operation in item.values():
+            operation.pop("security", None)
+    run(served, SESSION, api, folder, *options, "--include-path-regex=^/api/v1/(keys|projects)")
+
+
 @pytest.mark.full
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", KEYS)
@@ -115,12 +141,29 @@ def narrowed(served: Served, *, most: int | None = None) -> dict[str, Any]:
             for parameter in operation.get("parameters", ()):
                 if parameter["name"] == "model":
                     parameter["schema"] = {"enum": [_model_of(path)]}
+                elif parameter["name"] == "key_id":
+                    parameter["schema"] = {"enum": _keys_of_ann()}
                 # One that is deleted is gone for the others: that one may be any.
                 elif parameter["name"] == "response_id" and method != "delete":
                     parameter["schema"] = {"enum": [kept]}
+    project = make_project(name="research").pk
+    api["components"]["schemas"]["NewKeyRequest"]["properties"]["project"] = {"enum": [project]}
     if most is not None:
         _unbound(api, most)
     return api
+
+
+def _ann() -> Any:
+    """Who has a key in the project."""
+    user, _ = get_user_model().objects.get_or_create(username="ann")
+    set_role(project=make_project(name="research"), user=user, role="member", by="test")
+    return user
+
+
+def _keys_of_ann() -> list[str]:
+    """Several: one that is revoked ends for good."""
+    keys = [make_api_key(owner=_ann(), project=make_project(name="research"))[0] for _ in range(3)]
+    return [key.public_id for key in keys]
 
 
 def _model_of(text: str) -> str:
@@ -145,6 +188,7 @@ def run(served: Served, kind: str, api: dict[str, Any], folder: Path, *options: 
         key = served.api_key[:-4] + "AAAA"
     else:
         key = make_api_key(name="another", routes=[ROUTE], project=make_project(name="another"))[1]
+    credentials = session_of(_ann()) if kind == SESSION else [f"Authorization: Bearer {key}"]
     path = folder / "openapi.json"
     path.write_text(json.dumps(api))
     (folder / "schemathesis.toml").write_text(REJECTED)
@@ -154,7 +198,7 @@ def run(served: Served, kind: str, api: dict[str, Any], folder: Path, *options: 
         [
             *(sys.executable, "-m", "schemathesis.cli", "run", str(path)),
             f"--url=http://127.0.0.1:{served.port}",
-            f"--header=Authorization: Bearer {key}",
+            *(f"--header={one}" for one in credentials),
             f"--checks={','.join(checks)}",
             *("--seed=4", "--continue-on-failure", "--no-color", "--warnings=off"),
             "--generation-database=none",

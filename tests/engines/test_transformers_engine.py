@@ -30,7 +30,8 @@ from inference.engines.base import (
     Sampling,
 )
 from inference.engines.transformers.arguments import Arguments
-from inference.engines.transformers.engine import TransformersEngine, check_sampling
+from inference.engines.transformers.choices import Choices
+from inference.engines.transformers.engine import TransformersEngine
 from inference.engines.transformers.loading import plan_cache
 from inference.engines.transformers.prompt import Prompts
 from inference.engines.transformers.sampling import Choice, choose
@@ -199,7 +200,7 @@ async def test_usage_counts_every_token_and_the_first_piece_comes_before_the_las
     assert counts == sorted(set(counts))
     assert counts[-1] == 30
     assert len(answered) > 3
-    prompt = await engine._prompts.encode([{"role": "user", "content": "count"}])  # type: ignore[union-attr]
+    prompt = await engine._serving.prompts.encode([{"role": "user", "content": "count"}])  # type: ignore[union-attr]
     assert {delta.prompt_tokens for delta in answered} == {len(prompt)}
 
 
@@ -370,11 +371,28 @@ async def test_a_prompt_longer_than_the_context_is_refused_in_the_words_clients_
         {"max_tokens": 0},
         {"max_tokens": True},
         {"stop": ("",)},
+        {"min_p": 1.5},
+        {"presence_penalty": 2.5},
+        {"frequency_penalty": math.nan},
+        {"repetition_penalty": -1.0},
+        {"repetition_penalty": math.inf},
+        {"logit_bias": {258: 1.0}},
+        {"logit_bias": {-1: 1.0}},
+        {"logit_bias": {1: math.inf}},
+        {"logit_bias": {"1": 1.0}},
+        {"seed": 1.5},
+        {"stop_token_ids": (258,)},
+        {"stop_token_ids": (True,)},
+        {"min_tokens": -1},
+        {"bad_words": ("",)},
+        {"bad_words": (7,)},
+        {"allowed_token_ids": ()},
+        {"allowed_token_ids": (10**9,)},
     ],
 )
 def test_a_bad_value_is_refused_by_name(bad: dict[str, Any]) -> None:
     with pytest.raises(BadRequest) as refused:
-        check_sampling(Sampling(**bad))
+        Choices(size=258, eos=frozenset({257}), encode=lambda text: list(text.encode())).of(Sampling(**bad))
     assert refused.value.param == next(iter(bad))
 
 
@@ -458,9 +476,9 @@ async def test_a_client_that_leaves_ends_its_request_and_frees_its_blocks(engine
     await until(lambda: engine.load_report().running == 0, 1.0)
     report = engine.load_report()
     assert (report.waiting, report.kv_use) == (0, 0.0)
-    cache = engine._batcher._manager.batch_processor.cache  # type: ignore[union-attr]
+    cache = engine._serving.batcher._manager.batch_processor.cache  # type: ignore[union-attr]
     assert all(not allocator.block_table for allocator in cache.cache_allocators.values())
-    assert engine._batcher._manager.output_router.output_queue.empty()  # type: ignore[union-attr]
+    assert engine._serving.batcher._manager.output_router.output_queue.empty()  # type: ignore[union-attr]
     assert await answer(engine, "after", max_tokens=5, ignore_eos=True, **GREEDY) is not None
 
 
@@ -485,7 +503,7 @@ async def test_when_the_thread_dies_answers_fail_and_the_engine_is_not_healthy(
     def broken(model: Any) -> None:
         raise RuntimeError("the device is gone")
 
-    engine._batcher._manager.batch_processor._generation_step = broken  # type: ignore[union-attr]
+    engine._serving.batcher._manager.batch_processor._generation_step = broken  # type: ignore[union-attr]
     for outcome in await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5):
         assert isinstance(outcome, EngineError)
         assert not isinstance(outcome, BadRequest)
@@ -499,7 +517,7 @@ async def test_closing_ends_open_answers_and_the_thread_within_five_seconds(fold
     async with serving(folder) as engine:
         task = asyncio.create_task(answer(engine, "open", ignore_eos=True))
         await until(lambda: engine.load_report().running == 1)
-        thread = engine._batcher.thread  # type: ignore[union-attr]
+        thread = engine._serving.batcher.thread  # type: ignore[union-attr]
         began = time.monotonic()
         await engine.close()
         assert time.monotonic() - began < 5

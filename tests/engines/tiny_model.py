@@ -12,6 +12,7 @@ alphabet in its own order, then the specials.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 CHAT_TEMPLATE = (
@@ -23,8 +24,9 @@ CHAT_TEMPLATE = (
 START, END = "<|im_start|>", "<|im_end|>"
 
 
-def make_tiny_tokenizer(folder: Path) -> int:
-    """Write a byte-level tokenizer with a chat template into `folder`; return its vocabulary size."""
+def make_tiny_tokenizer(folder: Path, controls: Sequence[str] = ()) -> int:
+    """Write a byte-level tokenizer with a chat template into `folder`, with these special tokens before its
+    own; return its vocabulary size."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,7 +34,7 @@ def make_tiny_tokenizer(folder: Path) -> int:
     tokenizer = Tokenizer(models.BPE(vocab={text: i for i, text in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in (START, END)])
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in (*controls, START, END)])
     tokenizer.save(str(folder / "tokenizer.json"))
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -47,12 +49,14 @@ def make_tiny_tokenizer(folder: Path) -> int:
     return tokenizer.get_vocab_size()
 
 
-def make_tiny_llama(folder: Path, *, seed: int = 0, context_length: int = 512) -> Path:
+def make_tiny_llama(
+    folder: Path, *, seed: int = 0, context_length: int = 512, controls: Sequence[str] = ()
+) -> Path:
     """Write a whole model into `folder` (made when missing) and return it. About 0.2 MB."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    size = make_tiny_tokenizer(folder)
+    size = make_tiny_tokenizer(folder, controls)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=size,

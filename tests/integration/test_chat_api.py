@@ -24,11 +24,6 @@ pytestmark = pytest.mark.django_db
 API = "/chat/api/conversations"
 
 
-@pytest.fixture(autouse=True)
-def _nobody_guessed_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(login, "attempts", login.Attempts())
-
-
 @pytest.fixture
 def ann() -> User:
     return User.objects.create_user("ann", password="a password")
@@ -306,5 +301,5 @@ def test_five_wrong_passwords_close_the_door_for_a_while(ann: User, monkeypatch:
     assert attempt("wrong", name="bob").status_code == 200
     assert attempt("a password", address="10.0.0.2").status_code == 302
     client.logout()
-    monkeypatch.setattr(login, "WINDOW_SECONDS", 0.0)
+    monkeypatch.setattr(login, "OF_NAME", login.Bound(5, 0.0))
     assert attempt("a password").status_code == 302

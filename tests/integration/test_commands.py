@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from django.conf import settings as django_settings
+from django.contrib.auth import get_user_model
 from django.core.management import call_command
 from django.core.management.base import CommandError
 from django.utils import timezone
@@ -25,7 +26,7 @@ from config.printing import amount_of_bytes, table
 from config.waiting import wait_until_ready
 from inference.sources import parse_source
 from inference.sources.prepare import prepare, slot_of
-from registry.actions.api_keys import revoke_api_key
+from registry.actions.api_keys import revoke_api_key, still_good
 from registry.actions.nodes import move_node
 from registry.models import ApiKey, Deployment, Event, LanguageModel, Route, UsageEvent
 from registry.states import NodeState, WorkerState
@@ -35,6 +36,7 @@ from tests.factories import (
     make_deployment,
     make_language_model,
     make_node,
+    make_project,
     make_worker,
 )
 
@@ -460,3 +462,32 @@ def test_doctor_speaks_where_the_database_does_not(tmp_path: Path):
     assert done.returncode == 1
     assert "✗ database: PostgreSQL cannot be used" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+# -- member
+
+
+def test_people_get_and_lose_roles_by_command() -> None:
+    ann = get_user_model().objects.create_user("ann")
+    get_user_model().objects.create_user("ben", is_active=False)
+    project = make_project(name="web")
+    assert run("member", "add", "web", "ann").strip() == "ann is member of web."
+    key, _ = make_api_key(project=project, owner=ann)
+    assert run("member", "add", "web", "ann", "--role", "owner").strip() == "ann is owner of web."
+    assert run("member", "add", "web", "ben", "--role", "viewer").strip() == "ben is viewer of web."
+    run("member", "add", make_project(name="other").name, "ann", "--role", "viewer")
+    assert [line.split() for line in run("member", "list").splitlines()] == [
+        ["PROJECT", "USER", "ROLE", "ACTIVE"],
+        ["other", "ann", "viewer", "yes"],
+        ["web", "ann", "owner", "yes"],
+        ["web", "ben", "viewer", "disabled"],
+    ]
+    assert [one["role"] for one in json.loads(run("member", "list", "web", "--json"))] == ["owner", "viewer"]
+    assert still_good(frozenset({key.public_id})) == {key.public_id: None}
+    assert "their keys there are refused" in run("member", "remove", "web", "ann")
+    assert still_good(frozenset({key.public_id})) == {}
+    assert Event.objects.filter(kind="project", object_id=project.pk, what="role").count() == 4
+    assert refusal("member", "remove", "web", "ann") == "ann has no role in web."
+    assert "no project nowhere" in refusal("member", "add", "nowhere", "ann")
+    assert "no person nobody" in refusal("member", "add", "web", "nobody")
+    assert "invalid choice" in refusal("member", "add", "web", "ann", "--role", "root")

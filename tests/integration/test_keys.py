@@ -27,7 +27,13 @@ from registry.actions.api_keys import (
     rotate_api_key,
     still_good,
 )
-from registry.actions.projects import delete_project, remove_member, save_project, set_role
+from registry.actions.projects import (
+    delete_project,
+    note_people_changed,
+    remove_member,
+    save_project,
+    set_role,
+)
 from registry.admin import access
 from registry.errors import InvalidInput, InvalidTransition, StillInUse
 from registry.models import ApiKey, Change, Event, KeySecret, Membership, Project
@@ -163,6 +169,18 @@ def test_a_persons_key_lives_as_long_as_they_may_have_one() -> None:
     assert still_good(asked) == {}
     ann.is_active = True
     ann.save(update_fields=["is_active"])
+    assert (accepted(text), told()) == (True, {key.public_id, chat})
+    # Of many at once no signal tells; control sees it.
+    seen = note_people_changed(frozenset())
+    assert (seen, told()) == (frozenset(), set())
+    get_user_model().objects.filter(pk=ann.pk).update(is_active=False)
+    assert told() == set()
+    seen = note_people_changed(seen)
+    assert (accepted(text), told()) == (False, {key.public_id, chat})
+    assert note_people_changed(seen) == seen == {ann.pk}
+    assert told() == set(), "once"
+    get_user_model().objects.filter(pk=ann.pk).update(is_active=True)
+    assert note_people_changed(seen) == frozenset()
     assert (accepted(text), told()) == (True, {key.public_id, chat})
     ann.last_login = timezone.now()
     ann.save(update_fields=["last_login"])

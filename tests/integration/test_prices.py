@@ -115,6 +115,22 @@ def test_gpu_seconds_are_counted_from_the_end_of_the_queue() -> None:
 
 
 @pytest.mark.django_db
+def test_what_ended_before_a_token_was_counted_costs_nothing() -> None:
+    make_price("chat", input_micros=1_000_000, request_micros=7)
+    ends = [(outcome, prompt) for outcome in ("aborted", "interrupted", "failed", "ok") for prompt in (0, 1)]
+    record_usage(
+        [
+            event(
+                request_id=f"{outcome} {prompt}", outcome=outcome, prompt_tokens=prompt, completion_tokens=0
+            )
+            for outcome, prompt in ends
+        ]
+    )
+    charged = dict(UsageEvent.objects.filter(cost_micros__gt=0).values_list("request_id", "cost_micros"))
+    assert charged == {"aborted 1": 8, "interrupted 1": 8, "ok 0": 7, "ok 1": 8}
+
+
+@pytest.mark.django_db
 def test_of_two_prices_of_one_instant_the_later_entry_counts() -> None:
     make_price("chat", input_micros=1, starts_at=NOON)
     second = make_price("chat", input_micros=2, starts_at=NOON)

@@ -55,15 +55,15 @@ MUTANTS = [
     Mutant(
         "a budget is reserved without its guard",
         "registry/actions/budgets.py",
-        'BudgetPeriod.objects.filter(pk=period.pk, spent__lte=budget.limit - amount - F("held"))',
-        "BudgetPeriod.objects.filter(pk=period.pk)",
+        "WHERE id = %s AND spent <= %s - held",
+        "WHERE id = %s AND 0 < 1 + %s * 0",
         BUDGETS,
     ),
     Mutant(
         "what is held does not count against the limit",
         "registry/actions/budgets.py",
-        'spent__lte=budget.limit - amount - F("held")',
-        "spent__lte=budget.limit - amount",
+        "AND spent <= %s - held",
+        "AND spent <= %s",
         BUDGETS,
     ),
     Mutant(
@@ -77,15 +77,15 @@ MUTANTS = [
     Mutant(
         "a hold is not given back",
         "registry/actions/budgets.py",
-        'held=F("held") - held[pk])\n\n\ndef _used',
-        'held=F("held"))\n\n\ndef _used',
+        "SET spent = spent + %s, held = held - %s WHERE",
+        "SET spent = spent + %s, held = held - 0 * %s WHERE",
         MACHINE,
     ),
     Mutant(
         "holds outlive their event",
         "registry/actions/budgets.py",
-        "        Hold.objects.filter(pk__in=[hold.pk for hold in ended]).delete()\n    budgets = ",
-        "        pass\n    budgets = ",
+        '        change("DELETE FROM registry_hold WHERE id IN %s", tuple(hold.pk for hold in ended))\n',
+        "        pass\n",
         MACHINE,
     ),
     Mutant(
@@ -142,6 +142,14 @@ MUTANTS = [
         "charging",
     ),
     Mutant(
+        "what ended before a token was counted is charged",
+        "registry/actions/usage.py",
+        " and bool(event.prompt_tokens or event.completion_tokens)",
+        "",
+        PRICES,
+        "before_a_token",
+    ),
+    Mutant(
         "costs are cut off, not rounded",
         "registry/costs.py",
         "(exact + PER_MILLION // 2) // PER_MILLION",
@@ -158,7 +166,7 @@ MUTANTS = [
     Mutant(
         "what was not answered is charged",
         "registry/actions/usage.py",
-        "if price is None or event.outcome == Outcome.FAILED:",
+        "if price is None or not _answered(event):",
         "if price is None:",
         PRICES,
     ),

@@ -40,9 +40,12 @@ class Person:
         self.client = Client(headers={"host": "localhost:8000"})
         self.client.force_login(self.user)
 
-    def post(self, path: str, body: Any) -> Any:
+    def post(self, path: str, body: Any, how: str = "post") -> Any:
         sent = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return self.client.post(f"/api/v1/{path}", sent, content_type="application/json")
+        return getattr(self.client, how)(f"/api/v1/{path}", sent, content_type="application/json")
+
+    def patch(self, body: Any) -> Any:
+        return self.post(f"keys/{self.key.public_id}", body, "patch")
 
 
 @pytest.fixture
@@ -59,14 +62,15 @@ def everything() -> list[Any]:
     ]  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("call", ["keys", "rotate", "revoke"])
+@pytest.mark.parametrize("call", ["keys", "rotate", "revoke", "change"])
 def test_what_nobody_may_say_is_refused_by_name(person: Person, call: str) -> None:
     path = "keys" if call == "keys" else f"keys/{person.key.public_id}/{call}"
+    path, how = (path.removesuffix("/change"), "patch") if call == "change" else (path, "post")
     body = {"name": "x", "project": person.project.pk} if call == "keys" else {}
     before = everything()
-    for field in FORBIDDEN:
+    for field in [*FORBIDDEN, *(["project"] if call == "change" else [])]:
         for value in (person.other.pk, {"id": 1}):
-            answer = person.post(path, {**body, field: value})
+            answer = person.post(path, {**body, field: value}, how)
             assert answer.status_code == 400, (field, value)
             error = answer.json()["error"]
             assert (error["param"], error["code"]) == (field, "unknown_parameter")
@@ -115,6 +119,41 @@ def test_a_field_that_cannot_be_used_is_named(person: Person, body: dict[str, An
     assert answer.status_code == 400, answer.content
     assert answer.json()["error"]["param"] == param
     assert ApiKey.objects.count() == 1
+    if param != "project":
+        before = everything()
+        answer = person.patch(body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+        assert everything() == before
+
+
+def test_what_may_be_changed_of_a_key(person: Person) -> None:
+    change = {
+        "name": "y" * 120,
+        "routes": ["smol*", "chat"],
+        "scopes": ["models", "chat"],
+        "addresses": ["10.0.0.0/8", "2001:db8::1"],
+        "priority": "batch",
+        "metadata": {"a" * 64: "b" * 512},
+        "expires_at": "2999-01-01T00:00:00Z",
+    }
+    for field, value in change.items():
+        before = person.client.get(f"/api/v1/keys/{person.key.public_id}").json()
+        answer = person.patch({field: value})
+        assert answer.status_code == 200, (field, answer.content)
+        told = answer.json()
+        assert told[field] == (sorted(value) if field in ("routes", "scopes") else value)
+        assert {name: one for name, one in told.items() if name != field} == {
+            name: one for name, one in before.items() if name != field
+        }
+    for field, default in (("expires_at", None), ("priority", "default")):
+        assert person.patch({field: None}).json()[field] == default
+    assert person.patch({"routes": [], "scopes": [], "addresses": [], "metadata": {}}).status_code == 200
+    before = everything()
+    assert person.patch({}).status_code == 200
+    assert everything() == before
+    person.key.refresh_from_db()
+    assert person.key.owner == person.user
+    assert person.key.secrets.count() == 1
 
 
 def test_what_may_be_said_at_its_bounds(person: Person) -> None:
@@ -167,4 +206,5 @@ JSON = st.recursive(
 def test_no_body_whatever_is_a_fault_or_makes_somebody_elses_key(person: Person, body: Any) -> None:
     for path in ("keys", f"keys/{person.key.public_id}/rotate"):
         assert person.post(path, body).status_code in (200, 201, 400, 409, 413)
+    assert person.patch(body).status_code in (200, 400, 413)
     assert not ApiKey.objects.exclude(owner=person.user).exists()

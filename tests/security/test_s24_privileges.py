@@ -35,8 +35,8 @@ def client_of(user: Any) -> Client:
     return client
 
 
-def send(client: Client, path: str, body: Any) -> Any:
-    return client.post(f"/api/v1/{path}", json.dumps(body), content_type="application/json")
+def send(client: Client, path: str, body: Any, how: str = "post") -> Any:
+    return getattr(client, how)(f"/api/v1/{path}", json.dumps(body), content_type="application/json")
 
 
 def powers(text: str) -> set[tuple[str, str]]:
@@ -84,6 +84,21 @@ CALLS = st.one_of(
                 "days": st.sampled_from([1, 2, 365, 4000]),
                 "owner": st.just("ann"),
                 "role": st.just("owner"),
+            },
+        ),
+    ),
+    st.tuples(
+        st.just("change"), NAMES, st.integers(0, 20),
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "name": st.just("renamed"),
+                "scopes": SCOPES,
+                "routes": PATTERNS,
+                "priority": st.sampled_from([None, *Priority.values, "root"]),
+                "days": st.sampled_from([None, -1, 1, 2, 365, 4000]),
+                "owner": st.just("ann"),
+                "project": st.just(1),
             },
         ),
     ),
@@ -179,25 +194,17 @@ def _play(first: dict[str, Any], second: dict[str, Any], roles: list[Any], calls
             got = _act(clients[name], kind, public_id, more)
             after = ApiKey.objects.get(public_id=public_id)
             if got is not None:
-                program = before.owner is None and power == 3
-                below = (
-                    PRIORITY_ORDER[Priority(before.priority)]
-                    >= PRIORITY_ORDER[Priority(projects[where].priority)]
-                )
-                assert (mine and power >= 2) or (program and below), "a secret of somebody else's key"
+                assert _may_have(before, mine, power), "a secret of somebody else's key"
                 texts[got] = (name, public_id, where)
             if after.revoked_at and not before.revoked_at:
                 assert power == 3 or (mine and power == 2)
-            for field in (
-                "owner_id",
-                "project_id",
-                "priority",
-                "scopes",
-                "routes",
-                "expires_at",
-                "created_by",
-            ):
+            rights = ("priority", "scopes", "routes", "expires_at")
+            for field in ("owner_id", "project_id", "created_by", *(() if kind == "change" else rights)):
                 assert getattr(after, field) == getattr(before, field)
+            if any(getattr(after, field) != getattr(before, field) for field in (*rights, "name")):
+                assert _may_have(before, mine, power), "a change of somebody else's key"
+            if any(getattr(after, field) != getattr(before, field) for field in rights):
+                _rights_are_within(after, projects[where])
         # Roles are as administrators made them.
         now = {
             (one.user.get_username(), projects.index(one.project)): one.role
@@ -227,20 +234,40 @@ def _like(pattern: str, route: str) -> bool:
     return pattern == route or (pattern.endswith("*") and route.startswith(pattern[:-1]))
 
 
+def _may_have(key: ApiKey, mine: bool, power: int) -> bool:
+    """A secret of the key, or a say in it."""
+    below = PRIORITY_ORDER[Priority(key.priority)] >= PRIORITY_ORDER[Priority(key.project.priority)]
+    return (mine and power >= 2) or (key.owner is None and power == 3 and below)
+
+
 def _is_within(key: ApiKey, project: Project, name: str) -> None:
     assert key.owner is not None
     assert (key.owner.username, key.created_by, key.project) == (name, name, project)
-    assert PRIORITY_ORDER[Priority(key.priority)] >= PRIORITY_ORDER[Priority(project.priority)]
-    assert not project.scopes or set(key.scopes) <= set(project.scopes)
-    if project.key_days:
-        assert key.expires_at is not None
-        assert key.expires_at <= timezone.now() + timedelta(days=project.key_days)
+    _rights_are_within(key, project)
     used = ApiKey.objects.usable(timezone.now()).filter(project=project).count()
     assert project.max_keys is None or used <= 5
 
 
+def _rights_are_within(key: ApiKey, project: Project) -> None:
+    assert PRIORITY_ORDER[Priority(key.priority)] >= PRIORITY_ORDER[Priority(project.priority)]
+    assert not project.scopes or set(key.scopes) <= set(project.scopes)
+    if project.key_days:
+        assert key.expires_at is not None
+        assert key.expires_at <= key.created_at + timedelta(days=project.key_days, seconds=5)
+
+
 def _act(client: Client, kind: str, public_id: str, more: Any) -> str | None:
     """Returns a secret that it got."""
+    if kind == "change":
+        body = {name: value for name, value in more.items() if name != "days"}
+        if "days" in more:
+            ends = more["days"] and (timezone.now() + timedelta(days=more["days"])).isoformat()
+            body["expires_at"] = ends
+        answer = send(client, f"keys/{public_id}", body, "patch")
+        assert answer.status_code in (200, 400, 403, 404, 409), answer.content
+        assert answer.status_code != 200 or not {"owner", "project"} & more.keys()
+        assert answer.status_code != 200 or "key" not in answer.json()
+        return None
     if kind == "rotate":
         answer = send(client, f"keys/{public_id}/rotate", {"overlap_seconds": more})
         assert answer.status_code in (200, 403, 404, 409), answer.content
@@ -287,7 +314,11 @@ def test_each_role_may_do_what_it_says_and_no_more(whose: str, at: int) -> None:
     for call, status in zip(("rotate", "revoke"), MAY[whose][at], strict=True):
         answer = send(client, f"keys/{key.public_id}/{call}", {})
         assert answer.status_code == status, (call, answer.content)
+        if call == "rotate":
+            answer = send(client, f"keys/{key.public_id}", {"name": "renamed"}, "patch")
+            assert answer.status_code == status, "what may be rotated may be changed"
         key.refresh_from_db()
+        assert (key.name == "renamed") is (MAY[whose][at][0] == 200)
         assert (key.secrets.count() == 2) is (MAY[whose][at][0] == 200)
         assert (key.revoked_at is not None) is (call == "revoke" and status == 200)
 
@@ -306,6 +337,71 @@ def test_nobody_gives_a_key_more_priority_than_the_project_has(most: str) -> Non
     assert PRIORITY_ORDER[given] >= PRIORITY_ORDER[most]
 
 
+def test_what_an_administrator_gave_is_not_spread() -> None:
+    """A key that may do more than its owner could give stays as it is, until it is brought within that."""
+    project = make_project(name="a", routes=["alpha*"], scopes=["chat", "models"], key_days=30)
+    ann = get_user_model().objects.create_user("ann")
+    set_role(project=project, user=ann, role=Role.MEMBER, by="test")
+    strong, _ = make_api_key(
+        project=project, owner=ann, priority=Priority.INTERACTIVE, routes=["alpha"], scopes=["chat"]
+    )
+    client, path = client_of(ann), f"keys/{strong.public_id}"
+    for change, param in (
+        ({"routes": ["alpha", "alpha-2"]}, "priority"),
+        ({"routes": []}, "priority"),
+        ({"scopes": []}, "priority"),
+        ({"addresses": []}, "priority"),
+        ({"expires_at": None}, "priority"),
+        ({"priority": "interactive"}, "priority"),
+        ({"priority": "default", "routes": ["beta"]}, "routes"),
+        ({"priority": "default", "scopes": ["usage"]}, "scopes"),
+        ({"priority": None, "expires_at": "2999-01-01T00:00:00Z"}, "expires_at"),
+        ({"priority": None, "expires_at": (timezone.now() + timedelta(days=31)).isoformat()}, "expires_at"),
+    ):
+        answer = send(client, path, change, "patch")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), change
+    before = strong.expires_at
+    strong.refresh_from_db()
+    assert (strong.priority, strong.routes, strong.expires_at) == ("interactive", ["alpha"], before)
+    answer = send(client, path, {"priority": None, "routes": ["alpha-2"]}, "patch")
+    assert answer.status_code == 200, answer.content
+    strong.refresh_from_db()
+    assert (strong.priority, strong.routes, strong.scopes) == ("default", ["alpha-2"], ["chat"])
+    # It never ended; like the other keys of members it does now.
+    assert strong.expires_at == strong.created_at + timedelta(days=30)
+
+
+def test_a_change_prolongs_no_key_beyond_what_the_project_allows() -> None:
+    project = make_project(name="a", key_days=30)
+    ann = get_user_model().objects.create_user("ann")
+    set_role(project=project, user=ann, role=Role.OWNER, by="test")
+    key, _ = make_api_key(project=project, owner=ann, expires_at=timezone.now() + timedelta(days=10))
+    ApiKey.objects.filter(pk=key.pk).update(created_at=timezone.now() - timedelta(days=20))
+    client, path = client_of(ann), f"keys/{key.public_id}"
+    later = (timezone.now() + timedelta(days=11)).isoformat()
+    assert send(client, path, {"expires_at": later}, "patch").json()["error"]["param"] == "expires_at"
+    sooner = (timezone.now() + timedelta(days=9)).isoformat()
+    assert send(client, path, {"expires_at": sooner}, "patch").status_code == 200
+    # Issued long ago, when the project allowed more: now it can only be called something else.
+    ApiKey.objects.filter(pk=key.pk).update(created_at=timezone.now() - timedelta(days=40))
+    assert send(client, path, {"routes": ["alpha"]}, "patch").json()["error"]["param"] == "expires_at"
+    assert send(client, path, {"name": "other"}, "patch").status_code == 200
+
+
+@pytest.mark.parametrize("ended", ["revoked", "expired"])
+def test_a_key_that_has_ended_is_not_brought_back(ended: str) -> None:
+    project = make_project(name="a")
+    ann = get_user_model().objects.create_user("ann")
+    set_role(project=project, user=ann, role=Role.OWNER, by="test")
+    key, _ = make_api_key(project=project, owner=ann)
+    over = timezone.now() - timedelta(seconds=1)
+    ApiKey.objects.filter(pk=key.pk).update(**{"revoked_at" if ended == "revoked" else "expires_at": over})
+    for change in ({"expires_at": None}, {"expires_at": "2999-01-01T00:00:00Z"}, {"name": "x"}):
+        assert send(client_of(ann), f"keys/{key.public_id}", change, "patch").status_code == 409
+    key.refresh_from_db()
+    assert not key.usable(timezone.now())
+
+
 def test_what_is_not_ones_own_is_not_there() -> None:
     project, other = make_project(name="a"), make_project(name="b")
     ann, ben = (get_user_model().objects.create_user(name) for name in ("ann", "ben"))
@@ -313,6 +409,7 @@ def test_what_is_not_ones_own_is_not_there() -> None:
     set_role(project=other, user=ben, role=Role.OWNER, by="test")
     theirs, _ = make_api_key(project=other, name="theirs")
     client = client_of(ann)
+    assert send(client, f"keys/{theirs.public_id}", {"name": "mine"}, "patch").status_code == 404
     for path in (f"keys/{theirs.public_id}/rotate", f"keys/{theirs.public_id}/revoke"):
         assert send(client, path, {}).status_code == 404
     assert client.get(f"/api/v1/keys/{theirs.public_id}").status_code == 404
@@ -358,6 +455,7 @@ def test_an_api_key_opens_no_management_and_a_session_needs_its_token() -> None:
     for method, path in [
         ("get", "projects"), ("get", "keys"), ("post", "keys"), ("get", f"keys/{key.public_id}"),
         ("post", f"keys/{key.public_id}/rotate"), ("post", f"keys/{key.public_id}/revoke"),
+        ("patch", f"keys/{key.public_id}"),
     ]:  # fmt: skip
         answer = getattr(stranger, method)(f"/api/v1/{path}", content_type="application/json")
         assert answer.status_code == 401, path
@@ -367,6 +465,7 @@ def test_an_api_key_opens_no_management_and_a_session_needs_its_token() -> None:
     for path in ("keys", f"keys/{key.public_id}/rotate", f"keys/{key.public_id}/revoke"):
         body = {"name": "x", "project": project.pk} if path == "keys" else {}
         assert send(forged, path, body).status_code == 403, path
+    assert send(forged, f"keys/{key.public_id}", {"name": "x"}, "patch").status_code == 403
     for path, form in [
         ("", {"name": "x", "project": project.pk}),
         (f"{key.public_id}/rotate/", {"overlap": "0"}),

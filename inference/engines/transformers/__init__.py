@@ -6,8 +6,18 @@
     prompt.py     messages -> token ids
     batcher.py    token ids in, token ids out: the thread that runs the model
     attention.py  how each request of a batch looks at its own tokens
+    choices.py    what a request asks of its tokens, checked
     sampling.py   how each request of a batch chooses its next token
+    adjusting.py  what a request forbids, adds and takes off before that
+    chance.py     the numbers that tokens are drawn with
+    likely.py     how likely tokens were
+    scoring.py    how likely a prompt's own tokens are
     text.py       token ids -> text
+    forms.py      what an answer has beside text: thoughts, calls, structured output
+    lark.py       the form that a request asks for -> a grammar
+    grammar.py    grammars compiled within bounds, and followed token by token
+    trial.py      the process in which they are compiled first
+    answer.py     tokens -> deltas
 
 Only `engine` is for callers. Importing this package imports no torch; importing `engine` does.
 """

@@ -7,8 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from inference.engines import arguments
+from inference.engines.tool_forms import FORMS
 
-CHOICES = {"device": arguments.DEVICES, "dtype": arguments.DTYPES}
+CHOICES = {
+    "device": arguments.DEVICES,
+    "dtype": arguments.DTYPES,
+    "tool_call_parser": tuple(FORMS),
+}
 LEAST: dict[str, int] = {
     "context_length": 16,
     "kv_cache_bytes": 1,
@@ -33,6 +38,8 @@ class Arguments:
     """Most tokens in one step: long prompts are cut into pieces of this size."""
     threads: int | None = None
     """Processor threads of one step."""
+    tool_call_parser: str | None = None
+    """The form that calls of functions have. None: the one that the chat template shows."""
 
 
 def read_arguments(given: Mapping[str, Any]) -> Arguments:

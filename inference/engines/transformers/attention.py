@@ -46,6 +46,8 @@ def attend(
     """One layer. `query` is [1, heads, tokens, width], requests one after the other."""
     if kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
         raise ValueError("This kind of attention needs a mask.")
+    if cache is None:  # one request alone, its earlier keys and values already with it
+        return _attend_one(query, key, value, scaling).transpose(1, 2).contiguous(), None
     key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     ends_q, ends_k = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
     parts = [

@@ -13,6 +13,8 @@ import itertools
 import logging
 import queue
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -20,7 +22,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from inference.engines.base import EngineError
 from inference.engines.transformers import attention
 from inference.engines.transformers.loading import Loaded
-from inference.engines.transformers.sampling import KEY, Choice, Sampler
+from inference.engines.transformers.sampling import KEY, Choice, Row, Sampler
 from inference.protocol import Load
 
 logger = logging.getLogger("roundhouse.engine")
@@ -31,8 +33,10 @@ NO_EOS = -1
 class Ticket:
     """One request in the batcher: await `next()` for its tokens."""
 
-    def __init__(self, number: str) -> None:
+    def __init__(self, number: str, row: Row) -> None:
         self.number = number
+        self.told = row.told
+        """What was said of each token, when the choice asks for it: as long as the tokens are."""
         self.closed = False
         self._seen = 0
         self._news: asyncio.Queue[tuple[list[int], bool] | EngineError] = asyncio.Queue()
@@ -67,7 +71,7 @@ class Batcher:
         self._manager = _manager(loaded, slots)
         attention.use_in(loaded.model)
         self._manager.output_router = _Router(self)
-        self._manager.logit_processor = Sampler()
+        self._manager.logit_processor = Sampler(self._fail_from_thread)
         self.thread: threading.Thread | None = None
 
     def prepare(self) -> int:
@@ -80,7 +84,8 @@ class Batcher:
 
     def submit(self, prompt: list[int], *, max_tokens: int, eos: frozenset[int], choice: Choice) -> Ticket:
         """Queue one request. Everything is checked by the caller."""
-        ticket = Ticket(str(next(self._numbers)))
+        row = Row(choice)
+        ticket = Ticket(str(next(self._numbers)), row)
         if not self.alive():
             raise EngineError("The engine has ended.")
         self._tickets[ticket.number] = ticket
@@ -90,7 +95,7 @@ class Batcher:
             max_new_tokens=max_tokens,
             streaming=True,
             eos_token_id=sorted(eos) or NO_EOS,
-            **{KEY: choice},
+            **{KEY: row},
         )
         if taken is None:
             del self._tickets[ticket.number]
@@ -101,6 +106,11 @@ class Batcher:
         """No further step is spent on this request. Harmless when it is over."""
         if self._tickets.pop(ticket.number, None) is not None:
             self._manager.cancel_request(ticket.number)
+
+    def pause(self) -> AbstractContextManager[None]:
+        """Within it, in any thread, no step is made. Raises RuntimeError when there is no thread."""
+        pause: AbstractContextManager[None] = self._manager.pause()
+        return pause
 
     def alive(self) -> bool:
         return (
@@ -147,10 +157,23 @@ class Batcher:
 
     def call_in_loop(self, outputs: list[Any]) -> None:
         """From the thread: hand one step's outputs over."""
+        self._in_loop(self._take, outputs)
+
+    def _fail_from_thread(self, number: str, error: EngineError) -> None:
+        self._in_loop(self._fail, number, error)
+
+    def _in_loop(self, call: Callable[..., None], *about: Any) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._take, outputs)
+            self._loop.call_soon_threadsafe(call, *about)
         except RuntimeError:
             logger.debug("The event loop is closed: outputs of the last step are dropped.")
+
+    def _fail(self, number: str, error: EngineError) -> None:
+        """The sampler gave one request up; the others go on."""
+        ticket = self._tickets.get(number)
+        if ticket is not None:
+            self.cancel(ticket)
+            ticket.fail(error)
 
     def _take(self, outputs: list[Any]) -> None:
         for output in outputs:

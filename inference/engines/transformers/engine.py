@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import threading
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from typing import Any
 
 from inference.engines.base import (
     PLAIN,
-    BadRequest,
     Delta,
+    Detail,
     EngineError,
     EngineSpec,
     GenerationRequest,
     LoadError,
-    Sampling,
     Template,
+    Token,
     check_token_ids,
     too_long,
 )
-from inference.engines.stops import StopStrings
+from inference.engines.tool_forms import HERMES, Form
+from inference.engines.transformers.answer import Answer, echoed, wants_tokens
 from inference.engines.transformers.arguments import read_arguments
 from inference.engines.transformers.batcher import Batcher
+from inference.engines.transformers.choices import Choices
+from inference.engines.transformers.forms import Forms
+from inference.engines.transformers.likely import Likely
 from inference.engines.transformers.loading import Loaded, is_out_of_memory, load, out_of_memory
 from inference.engines.transformers.prompt import Prompts
-from inference.engines.transformers.sampling import GREEDY, Choice
-from inference.engines.transformers.text import Detokenizer
+from inference.engines.transformers.sampling import GREEDY
+from inference.engines.transformers.scoring import Scoring
+from inference.engines.transformers.text import Vocabulary
 from inference.protocol import Cause, Load, Progress
 
 logger = logging.getLogger("roundhouse.engine")
@@ -38,10 +43,24 @@ _CAPABILITIES = frozenset(
         "temperature",
         "top_p",
         "top_k",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "seed",
         "stop",
+        "include_stop_str_in_output",
+        "stop_token_ids",
         "ignore_eos",
+        "min_tokens",
+        "bad_words",
+        "allowed_token_ids",
         "n",
         "echo",
+        "logprobs",
+        "top_logprobs",
+        "return_token_ids",
         "add_generation_prompt",
         "continue_final_message",
         "chat_template_kwargs",
@@ -52,9 +71,6 @@ _CAPABILITIES = frozenset(
 )
 STOP_SECONDS = 4.0
 WARM_UP_TOKENS = 2
-LEAST_TEMPERATURE = 0.01
-"""Below it, dividing by the temperature overflows, and all that is left is the likeliest token."""
-MOST_TEMPERATURE = 100.0
 
 
 class TransformersEngine:
@@ -65,19 +81,18 @@ class TransformersEngine:
 
     def __init__(self, spec: EngineSpec) -> None:
         self.capabilities = _CAPABILITIES
+        self.tool_form: Form = HERMES
         self.context_length = 0
         self._spec = spec
         self._arguments = read_arguments(spec.arguments)
         if spec.slots < 1:
             raise LoadError(Cause.BAD_ARGUMENT, "'slots' must be at least 1.")
-        self._loaded: Loaded | None = None
-        self._prompts: Prompts | None = None
-        self._batcher: Batcher | None = None
+        self._serving: _Serving | None = None
 
     async def load(self, progress: Callable[[Progress], None]) -> None:
         """Get ready to generate, reporting progress. Raises LoadError."""
         loop = asyncio.get_running_loop()
-        ready: asyncio.Future[tuple[Loaded, Batcher, int]] = loop.create_future()
+        ready: asyncio.Future[tuple[Loaded, Forms, Batcher, int]] = loop.create_future()
 
         def tell(callback: Callable[..., object], *about: object) -> None:
             try:
@@ -94,76 +109,89 @@ class TransformersEngine:
             try:
                 loaded = load(self._spec, self._arguments, report)
                 report(Progress(step="warming up"))
+                forms = self._forms_of(loaded)
                 batcher = Batcher(loaded, self._spec.slots, loop)
                 room = batcher.prepare()
             except BaseException as error:
                 tell(_settle, ready, _as_load_error(error))
                 return
-            tell(_settle, ready, (loaded, batcher, room))
+            tell(_settle, ready, (loaded, forms, batcher, room))
             if batcher.thread is not None:
                 batcher.thread.join()
             tell(batcher.ended)
 
         threading.Thread(target=run, name="engine", daemon=True).start()
-        loaded, batcher, room = await ready
-        self._loaded, self._batcher = loaded, batcher
-        self._prompts = Prompts(loaded.tokenizer, self._spec.chat_template)
-        if not self._prompts.can_chat:
+        loaded, forms, batcher, room = await ready
+        self._serving = serving = _Serving(loaded, forms, batcher, self._spec.chat_template)
+        self.capabilities |= forms.capabilities
+        self.tool_form = forms.tool_form
+        if not serving.prompts.can_chat:
             self.capabilities -= {"endpoint:chat"}
         self.context_length = min(loaded.plan.context_length, room)
         await self._warm_up(batcher)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
         """Yield the answer. Closing the iterator aborts. See `Engine.generate` for what it raises."""
-        loaded, prompts, batcher = self._loaded, self._prompts, self._batcher
-        if loaded is None or prompts is None or batcher is None:
-            raise EngineError("The engine is not loaded.")
-        sampling = request.sampling
-        choice = check_sampling(sampling, least_tokens=1 if request.prompt is None else 0)
+        serving, sampling = self._ready(), request.sampling
+        choice = serving.choices.of(
+            sampling,
+            sample=request.sample,
+            top_logprobs=request.top_logprobs,
+            least_tokens=1 if request.prompt is None else 0,
+        )
         if request.prompt is None:
-            prompt = await prompts.encode(request.messages, template=request.template)
+            prompt = await serving.prompts.encode(
+                request.messages,
+                template=serving.forms.template_of(request),
+                tools=None if request.tools is None else request.tools.functions,
+            )
         else:
-            prompt = await prompts.encode_text(request.prompt)
-            # The largest id that has a row of weights; beyond it the batching thread would end.
-            check_token_ids(prompt, loaded.model.get_input_embeddings().num_embeddings)
+            prompt = await serving.prompts.encode_text(request.prompt)
+            # Beyond them the batching thread would end.
+            check_token_ids(prompt, serving.readable)
         left = self.context_length - len(prompt)
         if left < 1:
             raise too_long(self.context_length, len(prompt), request)
-        nothing_wanted = sampling.max_tokens == 0
-        if request.echo or nothing_wanted:
-            given = request.prompt if isinstance(request.prompt, str) else prompts.text_of(prompt)
-            yield Delta(
-                text=given if request.echo else "",
-                prompt_tokens=len(prompt),
-                completion_tokens=0,
-                finish_reason="length" if nothing_wanted else None,
-            )
-            if nothing_wanted:
+        if request.echo or sampling.max_tokens == 0:
+            yield await serving.prompt_of(request, prompt)
+            if sampling.max_tokens == 0:
                 return
-        ticket = batcher.submit(
+        grammar = await serving.forms.grammar_of(request, prompt)
+        if grammar is not None:  # when its form is whole, the answer ends
+            choice = replace(choice, grammar=grammar, ends=tuple({*choice.ends, *serving.forms.eos}))
+        ends = frozenset(choice.ends)
+        ticket = serving.batcher.submit(
             prompt,
             max_tokens=left if sampling.max_tokens is None else min(sampling.max_tokens, left),
-            eos=frozenset() if sampling.ignore_eos else loaded.eos,
+            eos=ends,
             choice=choice,
         )
-        answer = _Answer(loaded, sampling, prompt_tokens=len(prompt))
+        answer = Answer(
+            request,
+            serving.vocabulary,
+            ends,
+            prompt=prompt,
+            thoughts=serving.forms.thoughts_of(request, prompt),
+            shown=serving.forms.shown(request),
+        )
+        likely = iter(ticket.told)  # as long as the tokens are, or nothing at all
         try:
             while True:
                 tokens, last = await ticket.next()
                 for at, token in enumerate(tokens, start=1):
-                    delta = answer.take(token, last=last and at == len(tokens))
+                    delta = answer.take(token, last=last and at == len(tokens), likely=next(likely, None))
                     if delta is None:
                         continue
                     if delta.finish_reason is not None:
                         # Before the last words are sent: a stop string ends the work at once.
-                        batcher.cancel(ticket)
+                        serving.batcher.cancel(ticket)
                         yield delta
                         return
                     yield delta
                 if last:
                     raise EngineError("The engine ended an answer without a reason.")
         finally:
-            batcher.cancel(ticket)
+            serving.batcher.cancel(ticket)
 
     async def tokenize(
         self,
@@ -174,38 +202,51 @@ class TransformersEngine:
         tools: list[dict[str, Any]] | None = None,
     ) -> list[tuple[int, str]]:
         """See `Engine.tokenize`. `special_tokens` is about texts: a template writes its own."""
-        if self._prompts is None:
-            raise EngineError("The engine is not loaded.")
+        prompts = self._ready().prompts
         if isinstance(prompt, str):
-            tokens = await self._prompts.encode_text(prompt, special_tokens=special_tokens, empty=True)
+            tokens = await prompts.encode_text(prompt, special_tokens=special_tokens, empty=True)
         else:
-            tokens = await self._prompts.encode(prompt, template=template, tools=tools)
-        return list(zip(tokens, self._prompts.spelled(tokens), strict=True))
+            tokens = await prompts.encode(prompt, template=template, tools=tools)
+        return list(zip(tokens, prompts.spelled(tokens), strict=True))
 
     async def detokenize(self, tokens: list[int]) -> str:
         """See `Engine.detokenize`. Special tokens are spelled out."""
-        if self._prompts is None or self._loaded is None:
-            raise EngineError("The engine is not loaded.")
-        size = self._loaded.model.get_input_embeddings().num_embeddings
-        check_token_ids(tokens, size, param="tokens")
-        return self._prompts.text_of(tokens, special_tokens=True)
+        serving = self._ready()
+        check_token_ids(tokens, serving.readable, param="tokens")
+        return serving.prompts.text_of(tokens, special_tokens=True)
 
     def load_report(self) -> Load:
         """See `Engine.load_report`. Costs microseconds."""
-        return Load() if self._batcher is None else self._batcher.report()
+        return Load() if self._serving is None else self._serving.batcher.report()
 
     def healthy(self) -> bool:
         """False once the batching thread has ended. Before `load` there is nothing to be ill."""
-        return self._batcher is None or self._batcher.alive()
+        return self._serving is None or self._serving.batcher.alive()
 
     async def close(self) -> None:
         """End the batching thread, open answers with it. May be called twice."""
-        batcher, self._batcher = self._batcher, None
-        if self._prompts is not None:
-            self._prompts.close()
-        if batcher is not None:
-            await asyncio.to_thread(batcher.stop, STOP_SECONDS)
-            batcher.ended()
+        serving, self._serving = self._serving, None
+        if serving is not None:
+            serving.prompts.close()
+            serving.scoring.close()
+            await serving.forms.close()
+            await asyncio.to_thread(serving.batcher.stop, STOP_SECONDS)
+            serving.batcher.ended()
+
+    def _forms_of(self, loaded: Loaded) -> Forms:
+        template = self._spec.chat_template or loaded.tokenizer.chat_template or ""
+        return Forms(
+            loaded.tokenizer,
+            template if isinstance(template, str) else "\n".join(template.values()),
+            size=_scored(loaded.model),
+            eos=loaded.eos,
+            tool_form=self._arguments.tool_call_parser,
+        )
+
+    def _ready(self) -> _Serving:
+        if self._serving is None:
+            raise EngineError("The engine is not loaded.")
+        return self._serving
 
     async def _warm_up(self, batcher: Batcher) -> None:
         """Answer one tiny prompt: the first step is the slow one, and a model that cannot is not ready."""
@@ -219,67 +260,52 @@ class TransformersEngine:
             ) from error
 
 
-class _Answer:
-    """The tokens of one request on their way to deltas."""
+class _Serving:
+    """What there is once a model is loaded."""
 
-    def __init__(self, loaded: Loaded, sampling: Sampling, *, prompt_tokens: int) -> None:
-        backend = loaded.tokenizer.backend_tokenizer
-        self._text = Detokenizer(lambda ids: backend.decode(ids, skip_special_tokens=True))
-        self._stops = StopStrings(sampling.stop)
-        self._eos = frozenset() if sampling.ignore_eos else loaded.eos
-        self._prompt_tokens = prompt_tokens
-        self._tokens = 0
+    def __init__(self, loaded: Loaded, forms: Forms, batcher: Batcher, chat_template: str | None) -> None:
+        tokenizer, model = loaded.tokenizer, loaded.model
+        backend = tokenizer.backend_tokenizer
+        self.forms = forms
+        self.batcher = batcher
+        self.prompts = Prompts(tokenizer, chat_template)
+        self.scoring = Scoring(model, batcher.pause)
+        self.vocabulary = Vocabulary(tokenizer)
+        self.readable: int = model.get_input_embeddings().num_embeddings
+        """The model can read ids below: it has a row of weights for each."""
+        self.choices = Choices(
+            size=_scored(model),
+            eos=loaded.eos,
+            encode=lambda text: list(backend.encode(text, add_special_tokens=False).ids),
+        )
 
-    def take(self, token: int, *, last: bool) -> Delta | None:
-        """The delta this token makes; None while its text is kept back."""
-        self._tokens += 1
-        text = self._stops.feed(self._text.push(token))
-        if last:
-            text += self._stops.feed(self._text.flush()) + self._stops.flush()
-        if self._stops.met is not None:
-            reason = "stop"
-        elif last:
-            reason = "stop" if token in self._eos else "length"
-        else:
-            reason = None
-        if not text and reason is None:
-            return None
+    async def prompt_of(self, request: GenerationRequest, prompt: list[int]) -> Delta:
+        """The delta that comes before the first token, when the request asks for one."""
+        given, detail = "", None
+        if request.echo:
+            given = request.prompt if isinstance(request.prompt, str) else self.prompts.text_of(prompt)
+        if wants_tokens(request):
+            tokens: tuple[Token, ...] = ()
+            if request.echo:
+                likely: list[Likely | None] = [None] * len(prompt)
+                if request.top_logprobs is not None:
+                    likely = await self.scoring.likely(prompt, request.top_logprobs)
+                tokens = echoed(prompt, given, likely, self.vocabulary)
+            detail = Detail(tokens=tokens, prompt_token_ids=tuple(prompt) if request.token_ids else None)
         return Delta(
-            text=text,
-            prompt_tokens=self._prompt_tokens,
-            completion_tokens=self._tokens,
-            finish_reason=reason,
-            stop=self._stops.met,
+            text=given,
+            prompt_tokens=len(prompt),
+            completion_tokens=0,
+            finish_reason="length" if request.sampling.max_tokens == 0 else None,
+            detail=detail,
         )
 
 
-def check_sampling(sampling: Sampling, *, least_tokens: int = 1) -> Choice:
-    """Check every value once more, whoever calls: the batching thread must never see a bad one."""
-    most = sampling.max_tokens
-    if most is not None and (not _is_int(most) or most < least_tokens):
-        raise BadRequest(f"max_tokens must be at least {least_tokens}.", param="max_tokens")
-    temperature = _number(sampling.temperature, "temperature", most=math.inf)
-    top_p = _number(sampling.top_p, "top_p", most=1.0)
-    if not _is_int(sampling.top_k) or not 0 <= sampling.top_k < 2**31:
-        raise BadRequest("top_k must be a whole number of at least 0 (0 is off).", param="top_k")
-    if any(not isinstance(stop, str) or not stop for stop in sampling.stop):
-        raise BadRequest("stop must be strings that are not empty.", param="stop")
-    if temperature > 0:
-        temperature = min(max(temperature, LEAST_TEMPERATURE), MOST_TEMPERATURE)
-    return Choice(temperature=temperature, top_p=top_p, top_k=sampling.top_k)
-
-
-def _number(value: float, name: str, *, most: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise BadRequest(f"{name} must be a finite number.", param=name)
-    if not 0 <= value <= most:
-        upto = "at least 0" if math.isinf(most) else f"between 0 and {most:g}"
-        raise BadRequest(f"{name} must be {upto}.", param=name)
-    return float(value)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _scored(model: Any) -> int:
+    """The model scores tokens with ids below."""
+    readable: int = model.get_input_embeddings().num_embeddings
+    scored = model.get_output_embeddings()
+    return readable if scored is None else min(readable, scored.weight.shape[0])
 
 
 def _as_load_error(error: BaseException) -> LoadError:
@@ -294,7 +320,8 @@ def _as_load_error(error: BaseException) -> LoadError:
 
 
 def _settle(
-    future: asyncio.Future[tuple[Loaded, Batcher, int]], outcome: tuple[Loaded, Batcher, int] | LoadError
+    future: asyncio.Future[tuple[Loaded, Forms, Batcher, int]],
+    outcome: tuple[Loaded, Forms, Batcher, int] | LoadError,
 ) -> None:
     if future.done():
         return

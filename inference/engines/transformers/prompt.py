@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import re
 from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
 from typing import Any
@@ -13,6 +14,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from inference.engines.base import PLAIN, BadRequest, Template
+from inference.engines.tool_forms import HERMES
 from inference.engines.transformers.rendering import RenderLimit, bounded, refused_by
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool", "function")} | {"developer": "system"}
@@ -35,13 +37,13 @@ class Prompts:
         # Encoding sets flags on the tokenizer, so the thread has one of its own.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         self._thread_tokenizer: Any = None
-        self._refused = self._refusal()
-
-    def _refusal(self) -> str | None:
-        own = self._tokenizer.chat_template or ""
-        template = own if self._template is None else self._template
-        several = template.values() if isinstance(template, dict) else [template]
-        return next(filter(None, map(refused_by, several)), None)
+        own = tokenizer.chat_template or ""
+        template = own if chat_template is None else chat_template
+        several = list(template.values()) if isinstance(template, dict) else [template]
+        self._refused: str | None = next(filter(None, map(refused_by, several)), None)
+        self._knows_tools = any(re.search(r"\btools\b", one) for one in several)
+        controls = [text for text in tokenizer.get_added_vocab() if not text.isspace()]
+        self._controls = re.compile("|".join(map(re.escape, controls)) or r"(?!)")
 
     @property
     def can_chat(self) -> bool:
@@ -80,11 +82,45 @@ class Prompts:
         tools: list[dict[str, Any]] | None = None,
     ) -> list[int]:
         """Raises BadRequest when the messages cannot be rendered."""
-        plain = [_plain(message, at) for at, message in enumerate(messages)]
-        if sum(len(message["content"]) for message in plain) <= INLINE_CHARACTERS:
+        plain = [self._plain(message, at) for at, message in enumerate(messages)]
+        if tools is not None:
+            self._check_names(tools, "tools")
+        if not self._knows_tools:
+            plain, tools = told(plain, tools), None
+        if _written(plain) + _written(tools) <= INLINE_CHARACTERS:
             return self._encode(self._tokenizer, plain, template, tools)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._encode_in_thread, plain, template, tools)
+
+    def _plain(self, message: dict[str, Any], at: int) -> dict[str, Any]:
+        """The message with a known role, its content as one string, and arguments of calls as objects."""
+        role = message.get("role")
+        if not isinstance(role, str) or role not in ROLES:
+            raise BadRequest(
+                f"messages[{at}].role must be one of {', '.join(sorted(ROLES))}.",
+                param=f"messages[{at}].role",
+            )
+        plain = {**message, "role": ROLES[role], "content": _text(message.get("content"), at)}
+        if calls := message.get("tool_calls"):
+            plain["tool_calls"] = [_with_object(call) for call in calls]
+            self._check_names(plain["tool_calls"], f"messages[{at}].tool_calls")
+        return plain
+
+    def _check_names(self, given: Any, param: str) -> None:
+        """What a template writes of an object are its names too, and there a control token counts."""
+        within = [given]
+        while within:
+            one = within.pop()
+            if isinstance(one, list):
+                within += one
+            elif isinstance(one, dict):
+                within += one.values()
+                if any(map(self._controls.search, map(str, one))):
+                    raise BadRequest(
+                        f"'{param}' has a name with a control token of this model.",
+                        param=param,
+                        code="invalid_value",
+                    )
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -162,14 +198,56 @@ _OF_TEMPLATES = (
 """What an ill-written template, or a hostile one, ends with."""
 
 
-def _plain(message: dict[str, Any], at: int) -> dict[str, Any]:
-    """The message with a known role and its content as one string."""
-    role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        raise BadRequest(
-            f"messages[{at}].role must be one of {', '.join(sorted(ROLES))}.", param=f"messages[{at}].role"
-        )
-    return {**message, "role": ROLES[role], "content": _text(message.get("content"), at)}
+def told(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    """The messages for a template that knows nothing of tools: what can be called is in the system message,
+    and what was called is text, in the form that such a model is held to (`tool_forms.form_of`)."""
+    plain = [_with_calls(message) for message in messages]
+    if not tools:
+        return plain
+    signatures = "\n".join(msgspec.json.encode(tool).decode() for tool in tools)
+    said = _TOOLS.format(signatures=signatures, open=HERMES.before, close=HERMES.after)
+    if plain and plain[0]["role"] == "system":
+        return [{**plain[0], "content": f"{plain[0]['content']}\n\n{said}"}, *plain[1:]]
+    return [{"role": "system", "content": said}, *plain]
+
+
+_TOOLS = """You may call functions. These are their signatures:
+<tools>
+{signatures}
+</tools>
+To call one, write its name and its arguments like this:
+{open}"<name>", "arguments": {{<arguments>}}{close}"""
+
+
+def _with_calls(message: dict[str, Any]) -> dict[str, Any]:
+    functions = [call["function"] for call in message.get("tool_calls", ()) if _is_call(call)]
+    if not functions:
+        return message
+    written = [
+        HERMES.head(one["name"]) + msgspec.json.encode(one["arguments"]).decode() + HERMES.after
+        for one in functions
+    ]
+    return {**message, "content": "\n".join([message["content"], *written]).lstrip()}
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str) and "arguments" in function
+
+
+def _with_object(call: Any) -> Any:
+    """Templates write arguments as JSON themselves, so they want what the client's JSON says."""
+    if not _is_call(call) or not isinstance(call["function"]["arguments"], str):
+        return call
+    try:
+        arguments = msgspec.json.decode(call["function"]["arguments"], type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return call
+    return {**call, "function": {**call["function"], "arguments": arguments}}
+
+
+def _written(given: Any) -> int:
+    return 0 if given is None else len(msgspec.json.encode(given))
 
 
 def _text(content: Any, at: int) -> str:

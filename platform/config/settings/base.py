@@ -41,6 +41,7 @@ MIDDLEWARE = [
     "django.contrib.auth.middleware.AuthenticationMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
+    "registry.middleware.Unaskable",
 ]
 
 ROOT_URLCONF = "config.urls"
@@ -180,6 +181,7 @@ CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = True
 # An expiry keeps a backlog from piling up while nobody works it off.
 CELERY_BEAT_SCHEDULE = {
     "tick": {"task": "inference.tick", "schedule": 1.0, "options": {"expires": 2}},
+    "watch_people": {"task": "inference.watch_people", "schedule": 2.0, "options": {"expires": 2}},
     "recover_spools": {"task": "inference.recover_spools", "schedule": 10.0, "options": {"expires": 10}},
     "housekeeping": {"task": "inference.housekeeping", "schedule": 60.0, "options": {"expires": 60}},
     "roll_up_usage": {"task": "inference.roll_up_usage", "schedule": 60.0, "options": {"expires": 60}},
@@ -206,6 +208,8 @@ LOGGING = {
         "roundhouse": {"level": ENV.log_level},
         "django.server": {"level": "WARNING", "handlers": ["stderr"], "propagate": False},
         "celery": {"level": "WARNING"},
+        # Below this it writes cookies and the chat's frames, whatever level the root is given.
+        "uvicorn": {"level": "WARNING"},
         # While Redis is away the consumer says so; beat would add a traceback each second.
         "celery.beat": {"level": "CRITICAL"},
     },
