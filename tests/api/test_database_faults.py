@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from statistics import median
 
@@ -43,6 +44,7 @@ def port(apart: Apart) -> Iterator[int]:
 
 def restart(server: OwnPostgres) -> None:
     server.stop()
+    time.sleep(1)  # a quick one would be over before anybody asked
     server.start()
 
 

@@ -61,6 +61,9 @@ WORST = [
 OUR_OWN_TEXT = {
     # Built around the name of an exception class, and searched for in the engine's last words.
     ("inference/engines/vllm/endings.py", "search"): r"\b_*OutOfMemoryError\b",
+    # Of a model's own control tokens, looked for in what clients write.
+    ("inference/engines/transformers/lark.py", "compile"): r"(<\|im_start\|>|<tool_call>)",
+    ("inference/engines/transformers/prompt.py", "compile"): r"<\|im_start\|>|<tool_call>",
 }
 """Patterns that are made while they run: an example of each."""
 

@@ -26,6 +26,10 @@ _TAIL = 16
 """Tokens at a prompt's end: so many spell the beginning of thoughts, whatever the tokenizer."""
 
 
+_SWITCH = re.compile(r"\b(?:reasoning_effort|enable_thinking)\b")
+"""What templates call the switch of a model's thoughts."""
+
+
 class Forms:
     """Belongs to the event loop. Making it takes a third of a second: do it in a thread.
 
@@ -40,9 +44,7 @@ class Forms:
         self.tool_form = tool_forms.form_of(template) if tool_form is None else tool_forms.FORMS[tool_form]
         self.eos = eos
         self._tokenizer = tokenizer
-        self._switches = frozenset(
-            name for name in ("reasoning_effort", "enable_thinking") if re.search(rf"\b{name}\b", template)
-        )
+        self._switches = frozenset(_SWITCH.findall(template))
         self._thinks = reasoning.thinks(template)
         opens = backend.token_to_id(reasoning.OPEN)
         self._opens: int | None = opens if opens is not None and opens < size else None

@@ -58,10 +58,10 @@ class Thinking:
         self.inside = opens is None
         self._tail = b""
 
-    def take(self, token: int, raw: bytes) -> bool:
+    def take(self, token_id: int, raw: bytes) -> bool:
         """Whether the form is still to begin after this token."""
         if not self.inside:
-            self.inside = token == self.opens
+            self.inside = token_id == self.opens
             return self.inside
         self._tail = (self._tail + raw)[-64:]
         self.inside = CLOSE.encode() not in self._tail
