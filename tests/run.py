@@ -45,12 +45,14 @@ ON_POSTGRES = [
 ]
 """What meets the database. The rest, formats and bounds above all, runs on SQLite alone, but in
 `make test-full` on both."""
-SEEN_BY_CLIENTS = [
+RUN_ONCE = [
     *("tests/e2e/test_docs.py", "tests/e2e/test_readme.py", "tests/e2e/test_other_docs.py"),
     *("tests/e2e/test_embeddings.py", "tests/e2e/test_streaming.py", "tests/e2e/test_other_clients.py"),
-    *("tests/e2e/test_admin_pages.py", "tests/e2e/test_chat_page.py"),
+    *("tests/e2e/test_admin_pages.py", "tests/e2e/test_chat_page.py", "tests/e2e/test_first_answer.py"),
+    *("tests/e2e/test_commands.py", "tests/e2e/test_faults.py", "tests/e2e/test_stop.py"),
 ]
-"""On PostgreSQL and a shared Redis these run in `make test-full` only."""
+"""What clients and operators see, and what becomes of processes: on PostgreSQL and a shared Redis these run in
+`make test-full` only."""
 
 
 def main() -> int:
@@ -102,7 +104,7 @@ def main() -> int:
                 runs.skip("e2e-postgres", "it needs PostgreSQL and Redis, and one of them is missing")
             elif runs.wanted("e2e-postgres"):
                 with services.own_database(postgres) as url:
-                    tests = ["tests/e2e", *([] if arguments.full else without(SEEN_BY_CLIENTS))]
+                    tests = ["tests/e2e", *([] if arguments.full else without(RUN_ONCE))]
                     runs.pytest("e2e-postgres", tests, DATABASE_URL=url, REDIS_URL=redis)
 
         # These judge times and kill processes: nothing runs beside them.
