@@ -51,8 +51,8 @@ RUN_ONCE = [
     *("tests/e2e/test_admin_pages.py", "tests/e2e/test_chat_page.py", "tests/e2e/test_first_answer.py"),
     *("tests/e2e/test_commands.py", "tests/e2e/test_faults.py", "tests/e2e/test_stop.py"),
 ]
-"""What clients and operators see, and what becomes of processes: on PostgreSQL and a shared Redis these run in
-`make test-full` only."""
+"""What clients and operators see, and what becomes of processes: with PostgreSQL and a shared Redis these run
+in `make test-full` only."""
 
 
 def main() -> int:
