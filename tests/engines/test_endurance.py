@@ -71,6 +71,7 @@ def some(rng: random.Random) -> Sampling:
     return Sampling(max_tokens=one(1, 2, 4), **{name: fields[name] for name in asked})
 
 
+@pytest.mark.full
 async def test_a_thousand_random_sets_of_parameters_leave_the_engine_alive(
     folder: Path, reference: Reference
 ) -> None:

@@ -102,8 +102,8 @@ def guesses(new: NewKey) -> list[str]:
 
 
 def _checksum_digits(text: str) -> int:
-    """Of the number that the guess's own checksum is made of. Python divides those of one digit (30 bits) about
-    30 ns sooner, which tells the guesser nothing new."""
+    """Of the number that the guess's own checksum is made of. Python divides one of a single digit (30 bits)
+    some 30 ns sooner, which tells the guesser nothing new."""
     public_id, proved = text.split("-")[1:]
     return 1 if zlib.crc32((public_id + proved[:SECRET_LENGTH]).encode()) < 2**30 else 2
 
