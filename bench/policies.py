@@ -61,7 +61,7 @@ class Worker:
         cached = next((at for at, one in enumerate(blocks) if one not in self.cache), len(blocks))
         request.prompt_left = max(1, request.demand.prompt_tokens - cached * BLOCK_TOKENS)
         request.answer_left = request.answer_tokens
-        request.work = request.demand.work(self.prefixes.matched(blocks) * BLOCK_TOKENS)
+        request.work = request.demand.work(request.demand.cached_tokens)
         for block in reversed(blocks):
             self.cache[block] = None
             self.cache.move_to_end(block)

@@ -53,6 +53,9 @@ class WorkerBroke(InferenceError):
     """The worker failed after a part of its answer was handed on. The same request must not be sent again
     as it is: the client has seen the part."""
 
+    gone = False
+    took_it = True
+
 
 class Poisonous(InferenceError):
     """Two workers died while they had this request. The same request is refused for some minutes."""

@@ -380,44 +380,40 @@ class Generation:
         )
         self._http.answer_headers.append((b"server-timing", times))
 
-    async def _give_up(self, worker: WorkerView, error: WorkerUnreachable) -> None:
-        """Go on to another worker, or raise: too many were tried, or nobody waits any more."""
-        logger.warning(
-            "a worker failed before its first byte: %s",
-            error,
-            extra={
-                "event": "worker_failed",
-                "request_id": self._request_id,
-                "worker": worker.name,
-                "attempt": self._attempts,
-            },
-        )
+    async def _let_go(self, worker: WorkerView, error: WorkerUnreachable | WorkerBroke) -> None:
+        """A worker failed this request: what does that say of it, and of the request? Raises where nobody
+        waits for another's answer."""
         if self._consumer.client_gone:
-            raise ClientGone from error
+            raise ClientGone from error  # perhaps it failed because we told it to stop
         if self._cut is not None:
-            raise self._cut
-        await self._blame(worker, gone=error.gone, took_it=error.took_it)
+            raise self._cut from None
+        about = {"request_id": self._request_id, "worker": worker.name, "attempt": self._attempts}
+        began = isinstance(error, WorkerBroke)
+        logger.warning(
+            "a worker broke off its answer: %s" if began else "a worker failed before its first byte: %s",
+            error,
+            extra={"event": "worker_broke" if began else "worker_failed"} | about,
+        )
+        gone = error.gone or not await self._gateway.client.is_there(worker)
+        if gone:
+            self._gateway.fleet.mark_unreachable(worker)
+        poison = self._gateway.dispatcher.poison
+        if gone and error.took_it and poison.note_death(self._fingerprint(), worker.id, worker.epoch):
+            logger.error("two workers died of a request", extra={"event": "request_poisonous"} | about)
         if self._lease is not None:
+            if self._lease.failed():
+                logger.warning("a worker fails too often", extra={"event": "worker_ejected"} | about)
             self._lease.release()
             self._lease = None
+
+    async def _give_up(self, worker: WorkerView, error: WorkerUnreachable) -> None:
+        """Go on to another worker, or raise: too many were tried, or nobody waits any more."""
+        await self._let_go(worker, error)
         if self._attempts >= limits.WORKERS_TRIED:
             raise error
         # One that could not be connected to has had nothing of the request: to ask another is no second try.
         if error.took_it and not self._gateway.dispatcher.retries.take():
             raise error
-
-    async def _blame(self, worker: WorkerView, *, gone: bool, took_it: bool) -> None:
-        """A worker failed this request: what does that say of it, and of the request?"""
-        if not gone:
-            gone = not await self._gateway.client.is_there(worker)
-        if gone:
-            self._gateway.fleet.mark_unreachable(worker)
-        about = {"request_id": self._request_id, "worker": worker.name}
-        poison = self._gateway.dispatcher.poison
-        if gone and took_it and poison.note_death(self._fingerprint(), worker.id, worker.epoch):
-            logger.error("two workers died of a request", extra={"event": "request_poisonous"} | about)
-        if self._lease is not None and self._lease.failed():
-            logger.warning("a worker fails too often to be asked", extra={"event": "worker_ejected"} | about)
 
     def _fingerprint(self) -> int:
         """Of who asks what; in this process only."""
@@ -496,7 +492,7 @@ class Generation:
                     broke = await self._relay(first, events, said, shows_usage)
                     if broke is None:
                         return
-                    await self._note_break(worker, broke)
+                    await self._let_go(worker, broke)
                     going_on = self._going_on(route, said)
                     if going_on is None:
                         raise broke
@@ -562,22 +558,6 @@ class Generation:
         if self._entry is not None:
             self._entry.answered()
         await self._consumer.stream_end(b"data: [DONE]\n\n")
-
-    async def _note_break(self, worker: WorkerView, broke: WorkerBroke) -> None:
-        """Raises where nobody waits for the rest."""
-        if self._cut is not None:
-            raise self._cut from None
-        if self._consumer.client_gone:
-            raise ClientGone from broke  # it broke off because we told it to
-        logger.warning(
-            "a worker broke off its answer: %s",
-            broke,
-            extra={"event": "worker_broke", "request_id": self._request_id, "worker": worker.name},
-        )
-        await self._blame(worker, gone=False, took_it=True)
-        if self._lease is not None:
-            self._lease.release()
-            self._lease = None
 
     def _going_on(self, route: RouteView, said: Said) -> GoingOn | None:
         """How the next worker can go on, if one can."""

@@ -18,12 +18,14 @@ MAX_BLOCKS = 128
 class Demand:
     """One request. Made for each, so it keeps what it is given and computes the rest when asked."""
 
-    __slots__ = ("_blocks", "answer_tokens", "body", "prompt_tokens")
+    __slots__ = ("_blocks", "answer_tokens", "body", "cached_tokens", "prompt_tokens")
 
     def __init__(self, body: bytes = b"", *, most_tokens: int | None = 0, answers: int = 1) -> None:
         """`body` is the JSON for the worker; `most_tokens` bounds each of the answers, None: nothing does."""
         self.body = body
         self._blocks: tuple[int, ...] | None = None
+        self.cached_tokens = 0
+        """Of the prompt's beginning, probably in the cache of the worker that was chosen."""
         self.prompt_tokens = len(body) // BYTES_PER_TOKEN
         self.answer_tokens = answers * (
             USUAL_ANSWER if most_tokens is None else min(most_tokens, USUAL_ANSWER)

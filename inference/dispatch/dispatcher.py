@@ -94,7 +94,7 @@ class Dispatcher:
         else:
             # Also where one alone is free: a policy remembers where it sent what.
             tally = policy_named(deployment.policy)(free, demand, random.random)
-        return Lease(tally, demand.work(), queue_seconds, self._serve)
+        return Lease(tally, demand.work(demand.cached_tokens), queue_seconds, self._serve)
 
     # -- with waiting
 

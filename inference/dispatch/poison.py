@@ -17,11 +17,13 @@ class Poison:
     """What was being answered when workers died. A request is known by its fingerprint, a hash of whoever
     asks and what: the same words of another key are another request."""
 
-    __slots__ = ("_clock", "_deaths")
+    __slots__ = ("_clock", "_deaths", "_forget_at")
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._deaths: OrderedDict[int, tuple[float, frozenset[tuple[int, int]]]] = OrderedDict()
+        self._forget_at = 0.0
+        """From then on none of them matters."""
 
     def note_death(self, fingerprint: int, worker_id: int, epoch: int) -> bool:
         """A worker died while it had this request. True when that makes it refused."""
@@ -31,13 +33,17 @@ class Poison:
             workers = frozenset()
         workers |= {(worker_id, epoch)}
         self._deaths[fingerprint] = (now, workers)
+        self._forget_at = now + REFUSED_SECONDS
         if len(self._deaths) > KEPT:
             self._deaths.popitem(last=False)
         return len(workers) == DEATHS
 
     def refuses(self, fingerprint: Callable[[], int]) -> bool:
-        """Is it to be refused? Asks for the fingerprint only if any is known."""
+        """Is it to be refused? Asks for the fingerprint only if a worker died lately."""
         if not self._deaths:
+            return False
+        if self._clock() > self._forget_at:
+            self._deaths.clear()
             return False
         since, workers = self._deaths.get(fingerprint(), (0.0, ()))
         return len(workers) >= DEATHS and self._clock() - since <= REFUSED_SECONDS

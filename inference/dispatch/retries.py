@@ -13,13 +13,14 @@ LEAST = 3
 
 
 class RetryBudget:
-    """Of one gateway. Windows follow one another, each with what the last one left out of account."""
+    """Of one gateway. Windows follow one another; at the beginning of one the requests of the last count."""
 
-    __slots__ = ("_clock", "_ends", "_requests", "_retries", "granted", "refused")
+    __slots__ = ("_before", "_clock", "_ends", "_requests", "_retries", "granted", "refused")
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._ends = clock() + WINDOW_SECONDS
+        self._before = 0
         self._requests = 0
         self._retries = 0
         self.granted = 0
@@ -27,17 +28,22 @@ class RetryBudget:
 
     def note_request(self) -> None:
         """A request comes for the first time."""
+        self._turn()
         self._requests += 1
 
     def take(self) -> bool:
         """May a request be tried once more?"""
-        now = self._clock()
-        if now >= self._ends:
-            self._requests = self._retries = 0
-            self._ends = now + WINDOW_SECONDS
-        if self._retries >= max(LEAST, SHARE * self._requests):
+        self._turn()
+        if self._retries >= max(LEAST, SHARE * max(self._before, self._requests)):
             self.refused += 1
             return False
         self._retries += 1
         self.granted += 1
         return True
+
+    def _turn(self) -> None:
+        now = self._clock()
+        if now >= self._ends:
+            self._before = self._requests if now < self._ends + WINDOW_SECONDS else 0
+            self._requests = self._retries = 0
+            self._ends = now + WINDOW_SECONDS

@@ -118,6 +118,18 @@ def test_it_is_full_again_in_the_next_window():
     assert sum(budget.take() for _ in range(10)) == LEAST
 
 
+def test_at_the_beginning_of_a_window_the_last_one_counts():
+    clock = Clock()
+    budget = RetryBudget(clock)
+    for _ in range(1000):
+        clock.now += 0.0095
+        budget.note_request()
+    clock.now += 1.0
+    assert sum(budget.take() for _ in range(500)) == 100
+    clock.now += 3 * WINDOW_SECONDS
+    assert sum(budget.take() for _ in range(10)) == LEAST, "what was long ago says nothing"
+
+
 # -- poisonous requests
 
 
@@ -152,8 +164,13 @@ def test_only_so_many_are_remembered():
     assert poison.refuses(lambda: KEPT)
 
 
-def test_without_any_death_no_fingerprint_is_asked_for():
+def test_without_a_recent_death_no_fingerprint_is_asked_for():
     def fingerprint() -> int:
         raise AssertionError("hashing a body takes time")
 
-    assert not Poison(Clock()).refuses(fingerprint)
+    clock = Clock()
+    poison = Poison(clock)
+    assert not poison.refuses(fingerprint)
+    poison.note_death(7, 1, 1)
+    clock.now += REFUSED_SECONDS + 1
+    assert not poison.refuses(fingerprint)

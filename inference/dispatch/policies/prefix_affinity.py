@@ -18,5 +18,8 @@ def prefix_affinity(candidates: Sequence[C], demand: Demand, random: Callable[[]
         return (one.work + own) / (one.speed if one.speed > 0 else usual)
 
     chosen = least(candidates, seconds, random)
+    # Its lease weighs as much as it costs there: with all of the prompt, holders would seem busy and lose
+    # what they hold to others.
+    demand.cached_tokens = chosen.prefixes.matched(blocks) * BLOCK_TOKENS
     chosen.prefixes.note(blocks)
     return chosen
