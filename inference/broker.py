@@ -11,6 +11,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 import redis
 from django.conf import settings
 
+from registry.keys import redis_prefix
 from registry.models import Node
 
 log = logging.getLogger("roundhouse.broker")
@@ -54,7 +55,7 @@ def broker_of(node: Node) -> str | None:
     url = settings.ROUNDHOUSE_REDIS_URL
     if url is None or url.startswith("unix://"):
         return settings.CELERY_BROKER_URL
-    user, password = f"roundhouse-node-{node.pk}", _password(node)
+    user, password = f"{redis_prefix(settings.SECRET_KEY)}node-{node.pk}", _password(node)
     try:
         _make_user(url, user, password, node.queue)
     except redis.RedisError as error:
@@ -88,8 +89,9 @@ def _password(node: Node) -> str:
 
 def _make_user(url: str, user: str, password: str, queue: str) -> None:
     # Kombu keeps one list per queue and priority; the separator is two control characters.
-    bindings = [f"~_kombu.binding.{queue}", f"~_kombu.binding_permanent.{queue}"]
-    keys = [f"~{queue}", f"~{queue}\x06\x16*", *bindings, "~unacked*"]
+    bindings = [f"_kombu.binding.{queue}", f"_kombu.binding_permanent.{queue}"]
+    names = [queue, f"{queue}\x06\x16*", *bindings, "unacked*"]
+    keys = [f"~{redis_prefix(settings.SECRET_KEY)}{name}" for name in names]
     with redis.Redis.from_url(
         url, socket_connect_timeout=TIMEOUT_SECONDS, socket_timeout=TIMEOUT_SECONDS
     ) as client:

@@ -1,47 +1,44 @@
-"""The only file that talks to workers: HTTP over pooled connections, server-sent events taken apart."""
+"""The only file that talks to workers for a gateway: pooled connections, streams taken apart into events."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
-import io
 import logging
+import re
 import socket
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager, suppress
-from functools import lru_cache
-from typing import Any
-from weakref import WeakSet
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from functools import lru_cache, partial
+from urllib.parse import urlsplit
 
-import aiohttp
 import msgspec
-from aiohttp.client_proto import ResponseHandler
-from yarl import URL
 
-from inference.dispatch.views import WorkerView
+from inference.connections import (
+    Address,
+    Answer,
+    AnswerFailed,
+    BrokenOff,
+    CannotConnect,
+    Connections,
+    NothingCame,
+)
+from inference.dispatch.views import Timeouts, WorkerView
 from inference.errors import InferenceError, WorkerBroke, WorkerRefused, WorkerUnreachable
 from inference.protocol import AbortReply, AbortRequest
+from inference.sse import DONE, BadStream, EventSplitter
 
 logger = logging.getLogger("roundhouse.client")
 
-CONNECT_SECONDS = 1.0
-STREAM_GAP_SECONDS = 60.0
-"""Longest silence of a worker within a stream."""
-ANSWER_SECONDS = 600.0
-"""Longest silence before a whole answer, or before the first byte of a streamed one (a long prompt)."""
+USUAL = Timeouts()
+GONE_SILENCE_SECONDS = 5.0
+"""What says nothing for so long, and comes from a worker that counts as gone, is waited for no longer."""
 ABORT_SECONDS = 1.0
-PROBE_SECONDS = 1.0
-IDLE_SECONDS = 4.0
-"""A pooled connection is closed before the worker's server does it (5 s), so that a request does not
-meet its closing."""
-MAX_EVENT_BYTES = 1024 * 1024
+PROBE_SECONDS = 0.5
+LATE_SECONDS = 10.0
+"""For a connection to a worker that is there, where this process was too busy to see it in time."""
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 MAX_REFUSAL_BYTES = 64 * 1024
-LONG_BODY_BYTES = 1024 * 1024
-DRAIN_SECONDS = 0.1
-"""How long the end of a finished stream is waited for, so that its connection can be used again."""
-
-DONE = b"data: [DONE]"
 
 # 4xx that say something of the worker or of our secret, not of the request: another may take it.
 NOT_THE_REQUESTS_FAULT = frozenset({401, 403, 407, 408, 421, 425, 429})
@@ -49,336 +46,295 @@ NOT_THE_REQUESTS_FAULT = frozenset({401, 403, 407, 408, 421, 425, 429})
 # A connection that failed because this process has run out of something says nothing of the worker.
 OUR_OWN_FAULT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
 
-# A machine that lost its power sends no FIN: noticed in 10 + 3 * 5 seconds instead of never.
-_KEEPALIVE = [
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    *(
-        (socket.IPPROTO_TCP, getattr(socket, name), value)
-        for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
-        if hasattr(socket, name)
-    ),
-]
-
 _decode_abort = msgspec.json.Decoder(AbortReply).decode
 
 
 class WorkerClient:
     """One pool of connections to all workers. Belongs to the event loop that started it."""
 
-    def __init__(
-        self,
-        *,
-        connect_seconds: float = CONNECT_SECONDS,
-        stream_gap_seconds: float = STREAM_GAP_SECONDS,
-        answer_seconds: float = ANSWER_SECONDS,
-    ) -> None:
-        self._whole = aiohttp.ClientTimeout(
-            total=None, sock_connect=connect_seconds, sock_read=answer_seconds
-        )
-        self._gap = stream_gap_seconds
-        self._aborting = aiohttp.ClientTimeout(total=ABORT_SECONDS)
-        self._session: aiohttp.ClientSession | None = None
+    def __init__(self, usual: Timeouts = USUAL) -> None:
+        """`usual`: for requests that bring none of their own."""
+        self._usual = usual
+        self._connections: Connections | None = None
+        self._probes: dict[int, asyncio.Future[bool]] = {}
+        """Workers, by id, of which it is asked whether they are there."""
+        self._open: dict[int, set[Answer]] = {}
+        """Answers that are not complete, by worker id."""
 
     async def start(self) -> None:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(
-                    limit=0, keepalive_timeout=IDLE_SECONDS, socket_factory=_new_socket
-                ),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                timeout=self._whole,
-                trust_env=False,
-                auto_decompress=False,
-                skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
-            )
+        if self._connections is None:
+            self._connections = Connections()
 
     async def close(self) -> None:
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        connections, self._connections = self._connections, None
+        if connections is not None:
+            await connections.close()
 
-    async def complete(self, worker: WorkerView, path: str, body: bytes, *, request_id: str) -> bytes:
+    def break_off(self, gone: Callable[[int], bool]) -> None:
+        """End the waiting for what silent workers have not sent, those whose id is `gone`. An answer that
+        is still coming is left alone: whom others do not hear may well be heard here."""
+        silent = asyncio.get_running_loop().time() - GONE_SILENCE_SECONDS
+        for worker_id, answers in self._open.items():
+            if gone(worker_id):
+                for answer in answers:
+                    if answer.heard_at < silent:
+                        answer.fail(BrokenOff("its worker is gone"))
+
+    async def complete(
+        self, worker: WorkerView, path: str, body: bytes, *, request_id: str, timeouts: Timeouts | None = None
+    ) -> bytes:
         """The worker's whole JSON answer. Raises WorkerUnreachable or WorkerRefused."""
-        response = await self._post(worker, path, body, request_id)
+        answer = await self._ask(worker, path, body, request_id, timeouts or self._usual)
         try:
-            _expect(response, worker, "application/json")
-            answer = await _read(response, MAX_ANSWER_BYTES)
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+            _expect(answer, worker, "application/json")
+            whole = await answer.read_all(MAX_ANSWER_BYTES)
+        except AnswerFailed as error:
             raise WorkerUnreachable(
-                f"{worker.name} broke off its answer ({_short(error)}) before anything of it was used."
+                f"{worker.name} broke off its answer ({error}) before anything of it was used."
             ) from error
         finally:
-            response.close()
-        if answer is None:
+            self._end(worker, answer)
+        if whole is None:
             raise WorkerUnreachable(f"{worker.name} answered with more than {MAX_ANSWER_BYTES} bytes.")
-        if not answer.lstrip().startswith(b"{"):
+        if not whole.lstrip().startswith(b"{"):
             raise WorkerUnreachable(f"{worker.name} answered with something that is no JSON object.")
-        return answer
+        return whole
 
     async def stream(
-        self, worker: WorkerView, path: str, body: bytes, *, request_id: str
-    ) -> AsyncGenerator[bytes]:
-        """Server-sent events as they come, each `b"data: …"` on one line without its line end; the last
-        is `b"data: [DONE]"`. Comments and event names are left out.
+        self, worker: WorkerView, path: str, body: bytes, *, request_id: str, timeouts: Timeouts | None = None
+    ) -> AsyncGenerator[list[bytes]]:
+        """Server-sent events as they come, all that came at once together: each `b"data: …"` on one line
+        without its line end; the very last is `b"data: [DONE]"`. Comments and event names are left out.
 
         Closing the generator closes the connection, which ends the request on the worker. Raises
         WorkerUnreachable or WorkerRefused before the first event, WorkerBroke after it.
         """
-        response = await self._post(worker, path, body, request_id)
+        timeouts = timeouts or self._usual
+        answer = await self._ask(worker, path, body, request_id, timeouts)
+        beginning = b""
         handed_on = False
         try:
-            _expect(response, worker, "text/event-stream")
-            with _ending_with_its_connection(response) as protocol:
-                if protocol is not None:
-                    # From here on it has to show life more often than while it thought about the prompt.
-                    protocol.read_timeout = self._gap
-                    protocol.start_timeout()
-                events = EventSplitter()
-                while chunk := await response.content.readany():
-                    for event in events.feed(chunk):
-                        yield event
-                        handed_on = True
-                        if event == DONE:
-                            await _drain(response)
-                            return
+            _expect(answer, worker, "text/event-stream")
+            splitter = EventSplitter()
+            while piece := await answer.read():
+                events = splitter.feed(piece)
+                if not events:
+                    continue
+                if not handed_on:
+                    beginning = _beginning(events[0], request_id, worker)
+                wrong = _cut(events, beginning)
+                if events:
+                    ended = events[-1] == DONE
+                    if ended:
+                        answer.leave()
+                    elif not handed_on:
+                        # From here on it has to show life more often than while it thought about the prompt.
+                        answer.bound_silence(timeouts.idle)
+                    handed_on = True
+                    yield events
+                    if ended:
+                        return
+                if wrong is not None:
+                    raise wrong
             raise BadStream("it ended without [DONE]")
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            reason = f"{worker.name} broke off its stream: {_short(error)}."
+        except (AnswerFailed, BadStream) as error:
+            reason = f"{worker.name} broke off its stream: {error}."
             raise (WorkerBroke(reason) if handed_on else WorkerUnreachable(reason)) from error
         finally:
-            # After the end of the answer this is a no-op; the connection is back in the pool.
-            response.close()
+            self._end(worker, answer)
 
     async def abort(self, worker: WorkerView, request_id: str) -> AbortReply | None:
         """Tell the worker to stop generating. What the request had cost, or None within a second if it
         does not say. Never raises."""
         try:
-            async with self._open_session().post(
-                _url(worker.url, "/abort"),
-                data=msgspec.json.encode(AbortRequest(request_id=request_id)),
-                headers=_headers(worker, request_id),
-                timeout=self._aborting,
-                allow_redirects=False,
-            ) as response:
-                answer = await _read(response, MAX_REFUSAL_BYTES)
-                return _decode_abort(answer) if response.status == 200 and answer else None
-        except (aiohttp.ClientError, OSError, ValueError, InferenceError) as error:
+            async with asyncio.timeout(ABORT_SECONDS):
+                body = msgspec.json.encode(AbortRequest(request_id=request_id))
+                answer = await self._opened().ask(
+                    _address(worker.url),
+                    _request(worker, "/abort", body, request_id),
+                    connect=ABORT_SECONDS,
+                    silence=ABORT_SECONDS,
+                )
+                try:
+                    await answer.head()
+                    told = await answer.read_all(MAX_REFUSAL_BYTES)
+                finally:
+                    answer.close()
+                return _decode_abort(told) if answer.status == 200 and told else None
+        except (AnswerFailed, OSError, ValueError, InferenceError) as error:
             logger.info(
                 "event=abort_failed %s did not confirm an abort: %s",
                 worker.name,
-                _short(error),
+                str(error)[:200] or type(error).__name__,
                 extra={"event": "abort_failed", "request_id": request_id, "worker_id": worker.id},
             )
             return None
 
     async def is_there(self, worker: WorkerView) -> bool:
-        """Does it take a connection? For at most a second; asked after a failure: a dead one takes none."""
-        address = _url(worker.url, "")
-        try:
-            async with asyncio.timeout(PROBE_SECONDS):
-                _, writer = await asyncio.open_connection(address.host, address.port)
-        except ValueError:
-            return False  # no address
-        except OSError as error:
-            return isinstance(error, TimeoutError) or error.errno in OUR_OWN_FAULT
-        writer.close()
-        return True
+        """Does it take a connection? For at most half a second; asked after a failure: a dead one takes none.
 
-    def _open_session(self) -> aiohttp.ClientSession:
-        if self._session is None:
+        In a thread: where this process has too much to do, what came in time is seen too late, and a worker
+        that is well would be taken for dead.
+        """
+        probe = self._probes.get(worker.id)
+        if probe is None:
+            probe = asyncio.ensure_future(asyncio.to_thread(_takes_connections, worker.url))
+            self._probes[worker.id] = probe
+            probe.add_done_callback(lambda _: self._probes.pop(worker.id, None))
+        return await asyncio.shield(probe)
+
+    def _opened(self) -> Connections:
+        if self._connections is None:
             raise WorkerUnreachable("The gateway is not started, or is ending.")
-        return self._session
+        return self._connections
 
-    async def _post(
-        self, worker: WorkerView, path: str, body: bytes, request_id: str
-    ) -> aiohttp.ClientResponse:
-        """The response once its headers are here and say 200."""
-        session = self._open_session()
-        url, headers = _url(worker.url, path), _headers(worker, request_id)
-        sent = False
+    async def _ask(
+        self, worker: WorkerView, path: str, body: bytes, request_id: str, timeouts: Timeouts
+    ) -> Answer:
+        """The answer once its headers are here and say 200; `_end` is to be called with it."""
         try:
-            try:
-                response = await session.post(
-                    url, data=_payload(body), headers=headers, allow_redirects=False
-                )
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-                if not _met_closing(error):
-                    raise
-                # Most likely an idle connection that it closed in this moment; nothing was answered.
-                sent = True
-                response = await session.post(
-                    url, data=_payload(body), headers=headers, allow_redirects=False
-                )
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            ours = isinstance(error, aiohttp.ClientConnectorError) and error.errno in OUR_OWN_FAULT
-            raise WorkerUnreachable(
-                f"{worker.name} cannot be connected to ({_short(error)}).", gone=not ours, took_it=sent
-            ) from error
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise WorkerUnreachable(
-                f"{worker.name} gave no answer ({_short(error)}).", took_it=not isinstance(error, ValueError)
-            ) from error
-        if response.status == 200:
-            return response
-        await _refuse(response, worker)
+            address, request = _address(worker.url), _request(worker, path, body, request_id)
+        except ValueError as error:
+            raise WorkerUnreachable(f"{worker.name} cannot be asked ({error}).", took_it=False) from error
+        try:
+            answer = await self._headed(worker, address, request, timeouts)
+        except NothingCame:
+            # Most likely an idle connection that it closed in this moment; nothing was answered.
+            answer = await self._headed(worker, address, request, timeouts, again=True)
+        if answer.status == 200:
+            return answer
+        try:
+            await _refuse(answer, worker)
+        finally:
+            self._end(worker, answer)
         raise AssertionError("unreachable: _refuse raises")
 
+    async def _headed(
+        self, worker: WorkerView, address: Address, request: bytes, timeouts: Timeouts, *, again: bool = False
+    ) -> Answer:
+        """Raises NothingCame where it may be asked `again`, over a new connection."""
+        silence = timeouts.first_token
+        ask = partial(self._opened().ask, address, request, silence=silence, fresh=again)
+        try:
+            try:
+                answer = await ask(connect=timeouts.connect)
+            except CannotConnect as error:
+                if error.errno is not None or not await self.is_there(worker):
+                    raise
+                answer = await ask(connect=LATE_SECONDS)
+        except CannotConnect as error:
+            raise WorkerUnreachable(
+                f"{worker.name} cannot be connected to ({error}).",
+                gone=error.errno not in OUR_OWN_FAULT,
+                took_it=again,
+            ) from error
+        self._open.setdefault(worker.id, set()).add(answer)
+        try:
+            await answer.head()
+        except BaseException as error:
+            self._end(worker, answer)
+            if isinstance(error, AnswerFailed) and (again or not isinstance(error, NothingCame)):
+                raise WorkerUnreachable(f"{worker.name} gave no answer ({error}).") from error
+            raise
+        return answer
 
-class BadStream(ValueError):
-    """What came is not a stream of server-sent events with a proper end."""
+    def _end(self, worker: WorkerView, answer: Answer) -> None:
+        """Nobody reads on. One that is not complete ends with its connection, and so on the worker."""
+        answer.close()
+        answers = self._open[worker.id]
+        answers.remove(answer)
+        if not answers:
+            del self._open[worker.id]
 
 
-class EventSplitter:
-    """Takes a byte stream apart into server-sent events, however it was cut."""
-
-    __slots__ = ("_rest",)
-
-    def __init__(self) -> None:
-        self._rest = b""
-
-    def feed(self, chunk: bytes) -> list[bytes]:
-        """The events that `chunk` completes. Raises BadStream for what is none, or longer than 1 MB."""
-        data = self._rest + chunk if self._rest else chunk
-        if b"\r" in data:
-            # JSON never holds a bare carriage return; a "\r" at the very end waits for its "\n".
-            data = data.replace(b"\r\n", b"\n")
-        *events, self._rest = data.split(b"\n\n")
-        if len(self._rest) > MAX_EVENT_BYTES:
-            raise BadStream(f"it sent an event of more than {MAX_EVENT_BYTES} bytes")
-        # Nearly every event is one line of data and passes as it is.
-        if all(event.startswith(b"data: ") and b"\n" not in event for event in events):
-            if any(len(event) > MAX_EVENT_BYTES for event in events):
-                raise BadStream(f"it sent an event of more than {MAX_EVENT_BYTES} bytes")
-            return events
-        return [event for event in map(_one_line, events) if event]
+def _cut(events: list[bytes], beginning: bytes) -> BadStream | None:
+    """What is handed on is JSON, in whole characters, and of this answer: leaves the events that are, up to
+    the first that is not, or to the end. Returns what is wrong with that one."""
+    for at, event in enumerate(events):
+        if event == DONE:
+            del events[at + 1 :]
+            return None
+        if not event.startswith(beginning) and not event.startswith(b'data: {"error"'):
+            del events[at:]
+            return BadStream("it sent an event of another answer")
+        try:
+            if not event.isascii():
+                event.decode()
+            _skip(event[len(b"data: ") :])
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            del events[at:]
+            return BadStream("it sent an event that is no JSON")
+    return None
 
 
-def _one_line(event: bytes) -> bytes:
-    """An event in its general form, as one line of data; empty if it has none."""
-    if len(event) > MAX_EVENT_BYTES:
-        raise BadStream(f"it sent an event of more than {MAX_EVENT_BYTES} bytes")
-    data = []
-    for line in event.split(b"\n"):
-        name, _, value = line.partition(b":")
-        if name == b"data":
-            data.append(value.removeprefix(b" "))
-        elif name not in (b"", b"event", b"id", b"retry"):
-            raise BadStream("it sent something that is no server-sent event")
-    # Within JSON a line break can only stand between tokens, where a space means the same.
-    return b"data: " + b" ".join(data) if data else b""
+_skip = msgspec.json.Decoder(msgspec.Raw).decode
+"""Reads to the end, and makes nothing of it: that takes half a microsecond."""
+
+
+def _beginning(event: bytes, request_id: str, worker: WorkerView) -> bytes:
+    """How all events of an answer begin, where its id has ours in it; others may change theirs. Raises
+    BadStream when it has another of ours."""
+    found = _ID.match(event)
+    if found is None:
+        return b""
+    if request_id.encode() in found[0]:
+        return found[0]
+    if b"-req_" in found[0] and worker.engine != "upstream":
+        raise BadStream("it sent another answer")
+    return b""
+
+
+_ID = re.compile(rb'data: \{"id": ?"[^"]*"')
 
 
 @lru_cache(maxsize=4096)
-def _url(base: str, path: str) -> URL:
-    return URL(base + path)
+def _address(url: str) -> Address:
+    """Raises ValueError."""
+    parts = urlsplit(url)
+    if parts.scheme != "http" or parts.hostname is None or parts.port is None:
+        raise ValueError("its URL has no http, host or port")
+    return parts.hostname, parts.port
 
 
-def _headers(worker: WorkerView, request_id: str) -> dict[str, str]:
-    return {
-        "Authorization": f"Bearer {worker.secret}",
-        "Content-Type": "application/json",
-        "X-Request-Id": request_id,
-    }
-
-
-def _payload(body: bytes) -> bytes | io.BytesIO:
-    """A long body goes out in pieces: aiohttp warns that one write of it would hold the event loop."""
-    return body if len(body) < LONG_BODY_BYTES else io.BytesIO(body)
-
-
-def _new_socket(address: tuple[Any, ...]) -> socket.socket:
-    family, kind, protocol, _, _ = address
-    new = socket.socket(family, kind, protocol)
-    for level, option, value in _KEEPALIVE:
-        new.setsockopt(level, option, value)
-    return new
-
-
-def _met_closing(error: aiohttp.ClientError) -> bool:
-    if isinstance(error, aiohttp.ServerDisconnectedError):
-        return True
+@lru_cache(maxsize=4096)
+def _head(url: str, path: str, secret: str) -> bytes:
+    host = urlsplit(url).netloc
     return (
-        isinstance(error, aiohttp.ClientOSError)
-        and not isinstance(error, aiohttp.ClientConnectorError)
-        and error.errno in (errno.ECONNRESET, errno.EPIPE)
-    )
+        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {secret}\r\n"
+        "Content-Type: application/json\r\nX-Request-Id: "
+    ).encode("ascii")
 
 
-def _expect(response: aiohttp.ClientResponse, worker: WorkerView, content_type: str) -> None:
-    if response.content_type != content_type:
-        raise WorkerUnreachable(f"{worker.name} answered with {response.content_type[:80]}.")
+def _request(worker: WorkerView, path: str, body: bytes, request_id: str) -> bytes:
+    """Raises ValueError."""
+    if not (request_id.isascii() and request_id.isprintable()):
+        raise ValueError("its request id cannot stand in a header")
+    head = _head(worker.url, path, worker.secret)
+    return b"%b%b\r\nContent-Length: %d\r\n\r\n%b" % (head, request_id.encode(), len(body), body)
 
 
-async def _refuse(response: aiohttp.ClientResponse, worker: WorkerView) -> None:
+def _takes_connections(url: str) -> bool:
+    """Blocks for half a second at most."""
+    try:
+        socket.create_connection(_address(url), timeout=PROBE_SECONDS).close()
+    except OSError as error:
+        return error.errno in OUR_OWN_FAULT
+    except ValueError:
+        return False  # no address
+    return True
+
+
+def _expect(answer: Answer, worker: WorkerView, content_type: str) -> None:
+    if answer.content_type != content_type:
+        raise WorkerUnreachable(f"{worker.name} answered with {answer.content_type[:80]}.")
+
+
+async def _refuse(answer: Answer, worker: WorkerView) -> None:
     """Raise what a status other than 200 means."""
-    try:
-        status = response.status
-        if not 400 <= status < 500 or status in NOT_THE_REQUESTS_FAULT:
-            raise WorkerUnreachable(f"{worker.name} answered {status}.")
-        body = None
-        with suppress(aiohttp.ClientError, OSError):
-            body = await _read(response, MAX_REFUSAL_BYTES)
-        raise WorkerRefused(status, body or b"")
-    finally:
-        response.close()
-
-
-_watched: WeakSet[asyncio.Future[None]] = WeakSet()
-
-
-def _take_error(closed: asyncio.Future[None]) -> None:
-    if not closed.cancelled():
-        closed.exception()
-
-
-@contextmanager
-def _ending_with_its_connection(response: aiohttp.ClientResponse) -> Iterator[ResponseHandler | None]:
-    """Have reads of the body fail when the connection is lost, whatever came before.
-
-    aiohttp (3.14) does not tell them when its parser has failed at a broken chunk: they would wait for ever.
-    """
-    protocol = response.connection.protocol if response.connection is not None else None
-    closed = protocol.closed if protocol is not None else None
-
-    def lost(_: asyncio.Future[None] | None) -> None:
-        content = response.content
-        if not content.is_eof() and content.exception() is None:
-            content.set_exception(aiohttp.ClientPayloadError("the connection was lost"))
-
-    if closed is None:
-        lost(None)
-        yield protocol
-        return
-    if closed not in _watched:
-        # Its connection outlives this request, and may then be lost with an error that nobody asks for.
-        _watched.add(closed)
-        closed.add_done_callback(_take_error)
-    closed.add_done_callback(lost)
-    try:
-        yield protocol
-    finally:
-        closed.remove_done_callback(lost)
-
-
-async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes | None:
-    """The whole body, or None as soon as it is longer than `limit`."""
-    parts = []
-    size = 0
-    with _ending_with_its_connection(response):
-        while chunk := await response.content.readany():
-            size += len(chunk)
-            if size > limit:
-                return None
-            parts.append(chunk)
-    return b"".join(parts)
-
-
-async def _drain(response: aiohttp.ClientResponse) -> None:
-    with suppress(aiohttp.ClientError, OSError):
-        async with asyncio.timeout(DRAIN_SECONDS):
-            while not response.content.at_eof():
-                await response.content.readany()
-
-
-def _short(error: BaseException) -> str:
-    return str(error)[:200] or type(error).__name__
+    status = answer.status
+    if not 400 <= status < 500 or status in NOT_THE_REQUESTS_FAULT:
+        raise WorkerUnreachable(f"{worker.name} answered {status}.")
+    body = None
+    with suppress(AnswerFailed):
+        body = await answer.read_all(MAX_REFUSAL_BYTES)
+    raise WorkerRefused(status, body or b"")

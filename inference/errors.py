@@ -2,6 +2,7 @@
 
 InferenceError
 ├── NoCapacity            nobody can take the request now
+│   └── NoWorker          nor is a worker about to
 ├── WorkerUnreachable     a worker failed before its first byte; another may be tried
 ├── WorkerBroke           a worker failed in mid-answer
 ├── Poisonous             workers died of the request: it is refused for a while
@@ -33,6 +34,10 @@ class NoCapacity(InferenceError):
     def __init__(self, retry_after: float, reason: str = "No worker can take the request now.") -> None:
         super().__init__(reason)
         self.retry_after = retry_after
+
+
+class NoWorker(NoCapacity):
+    """No worker serves the model, and none is about to: it was scaled to 0, has failed, or has no node."""
 
 
 class WorkerUnreachable(InferenceError):

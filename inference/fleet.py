@@ -36,17 +36,20 @@ from inference.protocol import (
     NodeOrders,
     NodeReport,
     ProcessReport,
+    UnwantedCopy,
+    Upstream,
     Wish,
 )
-from registry.actions.language_models import record_copy
+from registry.actions.language_models import note_deleted_copy, record_copy
 from registry.actions.nodes import join_node, node_of_secret, record_node_beat
 from registry.actions.workers import move_worker
 from registry.errors import InvalidInput, InvalidTransition, JoinRefused
-from registry.keys import worker_secret
+from registry.keys import redis_prefix, worker_secret
 from registry.models import ModelCopy, Node, Worker
 from registry.querysets import database_now
-from registry.states import WORKER_TERMINAL, CopyState, WorkerState
+from registry.states import WORKER_TERMINAL, CopyState, EngineName, WorkerState
 from registry.threads import in_database
+from registry.upstreams import unseal, url_of
 
 if TYPE_CHECKING:
     from inference.dispatch.fleet import Fleet
@@ -229,7 +232,8 @@ def join(token: str, request: JoinRequest, client_address: str) -> JoinReply:
     log.info(
         "node %s joined from %s", node, client_address, extra={"event": "node_joined", "node_id": node.pk}
     )
-    return JoinReply(node_id=node.pk, secret=secret, broker_url=broker_of(node))
+    prefix = redis_prefix(settings.SECRET_KEY)
+    return JoinReply(node_id=node.pk, secret=secret, broker_url=broker_of(node), broker_prefix=prefix)
 
 
 def take_report(node: Node, report: NodeReport) -> NodeOrders:
@@ -245,6 +249,10 @@ def take_report(node: Node, report: NodeReport) -> NodeOrders:
         memory_free_bytes=_large(report.memory_free_bytes),
     )
     _take_copies(node, report.copies)
+    for gone in report.deleted:
+        note_deleted_copy(
+            node=node, model_name=gone.name, source=gone.source, freed_bytes=_large(gone.freed_bytes)
+        )
     workers = list(
         Worker.objects.live()
         .filter(node=node)
@@ -252,8 +260,10 @@ def take_report(node: Node, report: NodeReport) -> NodeOrders:
         .order_by("id")
     )
     _take_processes(node, workers, report, now)
+    unwanted = node.unwanted_copies.values_list("model_name", "source")
     return NodeOrders(
-        assignments=[assignment_of(worker) for worker in workers if worker.state not in WORKER_TERMINAL]
+        assignments=[assignment_of(worker) for worker in workers if worker.state not in WORKER_TERMINAL],
+        unwanted=[UnwantedCopy(name=name, source=source) for name, source in unwanted],
     )
 
 
@@ -279,7 +289,16 @@ def assignment_of(worker: Worker) -> Assignment:
         arguments=revision.arguments,
         environment={name: str(value) for name, value in revision.environment.items()},
         drain_seconds=float(worker.deployment.drain_seconds),
+        upstream=_upstream_of(worker),
     )
+
+
+def _upstream_of(worker: Worker) -> Upstream | None:
+    """The key goes with the URL that it was given for, and with no older revision's."""
+    if worker.revision.engine != EngineName.UPSTREAM:
+        return None
+    key = unseal(worker.deployment.upstream_key, url_of(worker.revision))
+    return Upstream(key=key, allowed=list(settings.ROUNDHOUSE_UPSTREAM_HOSTS))
 
 
 def _take_copies(node: Node, reports: Iterable[CopyReport]) -> None:
@@ -309,6 +328,8 @@ def _copy_facts(report: CopyReport) -> dict[str, Any]:
             "done": _large(report.progress.done),
             "total": _large(report.progress.total),
             "unit": clean_text(report.progress.unit, 16),
+            "files_done": _large(report.progress.files_done),
+            "files_total": _large(report.progress.files_total),
         }
     return facts
 

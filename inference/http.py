@@ -24,7 +24,7 @@ import asyncio
 import logging
 import random
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
@@ -204,6 +204,8 @@ class HttpConsumer(AsyncConsumer):  # type: ignore[misc]
         self.client_gone = False
         self.started = False
         """The status line is out: only a stream's own means can tell of an error now."""
+        self._complete = False
+        """The last of the answer is out: whoever leaves now has it. (Servers say so at once.)"""
         self.answer_headers: list[Header] = []
         """What every answer to this request says besides, errors too."""
         self.request: Request
@@ -247,7 +249,7 @@ class HttpConsumer(AsyncConsumer):  # type: ignore[misc]
 
     async def _watch(self) -> None:
         await self.request.until_client_leaves()
-        if self._handling is None:
+        if self._handling is None or self._complete:
             return
         self.client_gone = True
         await self.on_client_gone()
@@ -264,6 +266,7 @@ class HttpConsumer(AsyncConsumer):  # type: ignore[misc]
         body = payload if isinstance(payload, bytes) else msgspec.json.encode(payload)
         await self._start(status, [JSON, (b"content-length", b"%d" % len(body)), *headers])
         await self._send({"type": "http.response.body", "body": body})
+        self._complete = True
 
     async def stream_start(self, prompt_tokens: int = 0) -> None:
         """Begin a stream of server-sent events. What the prompt costs is no news for HTTP itself."""
@@ -277,12 +280,15 @@ class HttpConsumer(AsyncConsumer):  # type: ignore[misc]
             ],
         )
 
-    async def stream_chunk(self, chunk: bytes) -> None:
+    async def stream_events(self, events: Sequence[bytes]) -> None:
+        """Send server-sent events, or comments, in one piece."""
+        chunk = events[0] if len(events) == 1 else b"".join(events)
         await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
 
     async def stream_end(self, chunk: bytes = b"") -> None:
         """End the body at once, after `chunk`."""
         await self._send({"type": "http.response.body", "body": chunk, "more_body": False})
+        self._complete = True
 
     async def _start(self, status: int, headers: list[Header]) -> None:
         if not self.request._body_complete:

@@ -47,6 +47,8 @@ class Cause(StrEnum):
     """The engine ended by itself, for no cause known here."""
     DISK = "disk"
     """No room for the model's files."""
+    DRIVER = "driver"
+    """The accelerator's driver does not answer, or there is no accelerator."""
     FETCH = "fetch"
     """The source could not be reached; may pass."""
     HUNG = "hung"
@@ -68,6 +70,10 @@ class Cause(StrEnum):
     VANISHED = "vanished"
     """The process is gone and nobody saw it end (the machine restarted)."""
 
+
+LORA = "lora:"
+"""Before an adapter's name, wherever workers are concerned: in their capabilities, and as the model that they
+are asked for. No route's name begins so."""
 
 PERMANENT = frozenset({Cause.BAD_ARGUMENT, Cause.CHECKSUM, Cause.MISSING_FILE, Cause.UNSAFE_FORMAT})
 """Causes that the same wish will meet again: only a changed wish or an operator's restart helps."""
@@ -93,12 +99,16 @@ class CopyPhase(StrEnum):
 
 
 class Progress(Message, frozen=True, kw_only=True):
-    """How far a long step is. `total` is 0 while unknown; `unit` is "bytes" or "tensors"."""
+    """How far a long step is. `total` is 0 while unknown; `unit` is "bytes", "tensors" or another
+    word for what is counted."""
 
     step: str
     done: int = 0
     total: int = 0
     unit: str = "bytes"
+    files_done: int = 0
+    files_total: int = 0
+    """Of a step that goes file by file; 0 for any other."""
 
 
 class Load(Message, frozen=True, kw_only=True):
@@ -135,6 +145,19 @@ class Wish(StrEnum):
     """End now."""
 
 
+class Upstream(Message, frozen=True, kw_only=True):
+    """What a worker of the `upstream` engine needs beyond its arguments."""
+
+    key: str = ""
+    """The bearer token of the server behind; empty: it needs none."""
+    allowed: list[str] = []
+    """Networks and names of hosts where that server may be; empty: anywhere but at a link-local address."""
+
+    def __repr__(self) -> str:
+        # The key must not reach a log or a traceback.
+        return f"<Upstream allowed={self.allowed}>"
+
+
 class Assignment(Message, frozen=True, kw_only=True):
     """One worker that this node should run, drain or stop."""
 
@@ -152,6 +175,7 @@ class Assignment(Message, frozen=True, kw_only=True):
     arguments: dict[str, Any] = {}
     environment: dict[str, str] = {}
     drain_seconds: float = 60.0
+    upstream: Upstream | None = None
 
 
 class JoinRequest(Message, frozen=True, kw_only=True):
@@ -166,6 +190,8 @@ class JoinReply(Message, frozen=True, kw_only=True):
     secret: str
     broker_url: str | None = None
     """Where the agent hears nudges; None: it only asks by itself."""
+    broker_prefix: str = ""
+    """Before the names of queues there."""
 
 
 class ProcessReport(Message, frozen=True, kw_only=True):
@@ -195,6 +221,19 @@ class CopyReport(Message, frozen=True, kw_only=True):
     detail: str = ""
 
 
+class UnwantedCopy(Message, frozen=True, kw_only=True):
+    """Fetched files of a model that was removed."""
+
+    name: str
+    source: str
+
+
+class DeletedCopy(UnwantedCopy, frozen=True, kw_only=True):
+    """They are gone, or never were there."""
+
+    freed_bytes: int = 0
+
+
 class NodeReport(Message, frozen=True, kw_only=True):
     """An agent's beat: every process it watches, and those that ended since the last accepted one."""
 
@@ -202,6 +241,8 @@ class NodeReport(Message, frozen=True, kw_only=True):
     version: str = ""
     processes: list[ProcessReport] = []
     copies: list[CopyReport] = []
+    deleted: list[DeletedCopy] = []
+    """Of what is unwanted; said until it is no longer."""
     memory_bytes: int = 0
     memory_free_bytes: int = 0
     cores: int = 0
@@ -214,6 +255,8 @@ class NodeOrders(Message, frozen=True, kw_only=True):
     """
 
     assignments: list[Assignment] = []
+    unwanted: list[UnwantedCopy] = []
+    """To be deleted from the node's own cache, and from nowhere else."""
 
 
 class Beat(Message, frozen=True, kw_only=True):

@@ -323,9 +323,7 @@ def _fill(
         worker = workers.get(replica)
         if worker is not None and (worker.state != WorkerState.LOST or held):
             continue
-        ended = facts.failures.get((wish.id, replica), ())
-        if worker is not None:
-            ended = [_as_failure(worker), *ended]
+        ended = _ended(wish, replica, worker, facts)
         row = failures_in_a_row(ended)
         next_try_at = row.next_try_at()
         if row.gave_up or (next_try_at is not None and now < next_try_at):
@@ -343,6 +341,30 @@ def _fill(
         )
         load[node.id] += 1
     return commands
+
+
+def next_start(wish: DeploymentWish, facts: Facts, now: datetime) -> datetime | None:
+    """When `plan` starts a worker of it next, `now` for at once, where none is live but lost ones; None when
+    it will not: all gave up, or no node may take one. Pure."""
+    if wish.replicas == 0 or place(wish, facts.nodes, {}).node is None:
+        return None
+    held = vanished_together(facts.nodes)
+    lost = {worker.replica: worker for worker in facts.workers if worker.deployment_id == wish.id}
+    starts = []
+    for replica in range(wish.replicas):
+        worker = lost.get(replica)
+        if worker is not None and held:
+            continue
+        row = failures_in_a_row(_ended(wish, replica, worker, facts))
+        if not row.gave_up:
+            starts.append(max(row.next_try_at() or now, now))
+    return min(starts, default=None)
+
+
+def _ended(wish: DeploymentWish, replica: int, worker: WorkerFact | None, facts: Facts) -> Sequence[Failure]:
+    """A replica's ends, the newest first; a lost worker of it counts as one."""
+    ended = facts.failures.get((wish.id, replica), ())
+    return ended if worker is None else [_as_failure(worker), *ended]
 
 
 def _as_failure(worker: WorkerFact) -> Failure:

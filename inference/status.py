@@ -59,6 +59,7 @@ NEXT_ACTION: Mapping[str, str] = {
     Cause.BAD_ARGUMENT: "Correct the deployment's engine arguments.",
     Cause.CHECKSUM: "Correct the model's source or its pinned digest.",
     Cause.CRASHED: "Read the worker's log, then retry.",
+    Cause.DRIVER: "Repair the accelerator's driver on the node, then retry.",
     Cause.DISK: "Make room on the node's disk, then retry.",
     Cause.FETCH: "Make the model's source reachable from the node, then retry.",
     Cause.HUNG: "Read the worker's log, then retry, perhaps with fewer slots.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 
@@ -20,8 +21,8 @@ class Answered(Protocol):
         """The answer has begun, or is waited for so long already that the client is told so. `prompt_tokens`:
         what the prompt costs, where that is known by now."""
 
-    async def stream_chunk(self, chunk: bytes) -> None:
-        """One server-sent event, with the blank line that ends it."""
+    async def stream_events(self, events: Sequence[bytes]) -> None:
+        """Server-sent events that came together, each with the blank line that ends it; at least one."""
 
     async def stream_end(self, chunk: bytes = b"") -> None:
         """The last one: `data: [DONE]`, or `data: {"error": …}` of an answer that was cut."""

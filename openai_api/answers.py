@@ -266,6 +266,8 @@ class Model(msgspec.Struct):
     created: int
     owned_by: str
     max_model_len: int | None
+    parent: str | None = None
+    """Only of a route with an adapter: the route itself."""
 
 
 class ModelList(msgspec.Struct):

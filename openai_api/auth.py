@@ -113,11 +113,13 @@ class Key:
         """False when it may use every route."""
         return bool(self.routes or self.project_routes)
 
-    def budgets_for(self, route: str) -> tuple[int, ...]:
-        """Numbers of the hard budgets that its requests of this route may meet."""
+    def budgets_for(self, route: str, base: str = "") -> tuple[int, ...]:
+        """Numbers of the hard budgets that its requests of this route may meet; `base` is the route that it
+        is an adapter of."""
         if not self.budget_routes:
             return self.budgets
-        return tuple(number for number in self.budgets if self.budget_routes.get(number, route) == route)
+        names = (route, base)
+        return tuple(number for number in self.budgets if self.budget_routes.get(number, route) in names)
 
     def check(self, scope: str, address: Callable[[], Address | None]) -> None:
         """May it be used for this group of endpoints, from there? Raises ForbiddenAddress, ForbiddenScope.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -121,7 +122,7 @@ class _Kept:
     async def stream_start(self, prompt_tokens: int = 0) -> None:
         raise AssertionError(NO_STREAM)
 
-    async def stream_chunk(self, chunk: bytes) -> None:
+    async def stream_events(self, events: Sequence[bytes]) -> None:
         raise AssertionError(NO_STREAM)
 
     async def stream_end(self, chunk: bytes = b"") -> None:

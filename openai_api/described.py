@@ -68,7 +68,7 @@ class Operation:
     stream: str = ""
     """An example of the stream."""
     query: tuple[Parameter, ...] = ()
-    refusals: tuple[int, ...] = (400, 401, 403, 404, 413, 429, 500, 503)
+    refusals: tuple[int, ...] = (400, 401, 403, 404, 413, 429, 500, 503, 504)
     error: type[msgspec.Struct] = answers.Error
     public: bool = False
     """Asked without a key."""
@@ -868,6 +868,7 @@ REFUSALS = {
     429: "A limit or a budget is used up; `Retry-After` says when to come back.",
     500: "A fault of ours; it is logged under the `x-request-id`.",
     503: "No capacity, or no storage, at the moment; `Retry-After` says when to come back.",
+    504: "The operator gives a request of this model no more time.",
 }
 """What a status means."""
 
@@ -937,7 +938,7 @@ FIELDS: dict[str, str] = {
     "presence_penalty": "Lowers what was said at all",
     "previous_response_id": "The response to go on from",
     "prompt": "The text to go on from; several, or token ids",
-    "prompt_cache_key": "Changes nothing",
+    "prompt_cache_key": "Requests that name the same go to the same worker, where its cache saves work",
     "prompt_logprobs": "Tell the prompt's log probabilities, so many at each place; not streamed",
     "queries": "Another name of `text_1`",
     "query": "What the documents are to answer",

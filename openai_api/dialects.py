@@ -7,7 +7,12 @@ from typing import Any, Protocol
 
 import msgspec
 
+from inference.errors import WorkerRefused
+
 _DATA = b"data: "
+_PROMPTS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
+_OF_PROMPTS = frozenset({"input_text", "input_tokens", "prompt_token_ids"})
+"""vLLM's own words for what came of a prompt."""
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 _encode = msgspec.json.encode
 
@@ -29,6 +34,20 @@ def dialect_of(engine: str, asked: str, model: str | None = None, samples: int =
     if engine == "vllm" and (choice := _CHOICES.get(asked)) is not None:
         return _Vllm(choice, model, samples)
     return None
+
+
+def field_meant(refusal: WorkerRefused, asked: str) -> str | None:
+    """The client's field that an engine refused at this path."""
+    prompt = _PROMPTS.get(asked)
+    if refusal.param in _OF_PROMPTS:
+        return prompt
+    return refusal.param or (prompt if "out of vocabulary" in refusal.message else None)
+
+
+def for_model(body: bytes, model: str) -> bytes:
+    """The same request to another model of the worker."""
+    fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    return _encode({**fields, "model": model})
 
 
 class _Vllm:

@@ -26,7 +26,15 @@ from openai_api.described import (
     Operation,
 )
 from openai_api.endpoints import ENDPOINTS
-from openai_api.errors import ROWS, ForbiddenModel, RateLimited, UnknownModel, WrongKey, answer_to
+from openai_api.errors import (
+    ROWS,
+    ForbiddenModel,
+    RateLimited,
+    TimeIsUp,
+    UnknownModel,
+    WrongKey,
+    answer_to,
+)
 from openai_api.messages.errors import as_anthropic
 from openai_api.parsing import missing
 from openai_api.protocol.structured import ResponseFormat, StructuredOutputs
@@ -61,6 +69,7 @@ _TOLD: dict[int, Exception] = {
     ),
     500: RuntimeError(),
     503: NoCapacity(1.0),
+    504: TimeIsUp(60),
 }
 """An error for each status: its example is what the API says of it."""
 

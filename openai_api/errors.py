@@ -15,6 +15,7 @@
     ├── ResponseNotFound     no such response is kept, or it is another project's
     ├── RateLimited          a limit has no room for it now
     │   └── TokensLimited    one that counts tokens
+    ├── TimeIsUp             its route gives a request no more time
     └── StorageAway          the database, or the disk of the ledger, does not answer
         └── LimitUnknown     nor does Redis, and the limit says that it must be asked
 
@@ -33,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from inference.errors import (
     InferenceError,
     NoCapacity,
+    NoWorker,
     Poisonous,
     WorkerBroke,
     WorkerRefused,
@@ -192,6 +194,18 @@ class TokensLimited(RateLimited):
     """A limit that counts tokens has no room for it now."""
 
 
+class TimeIsUp(ApiError):
+    """The route gives a request no more time."""
+
+    headers = ((b"x-should-retry", b"false"),)
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(
+            f"The answer took longer than the {seconds:g} seconds that requests of this model may take. "
+            "Ask for fewer tokens, or stream."
+        )
+
+
 class StorageAway(ApiError):
     """The database, or the disk of the ledger, does not answer. A later try can help."""
 
@@ -234,6 +248,7 @@ ROWS: dict[type[Exception], Row] = {
     ResponseNotFound: Row(404, "invalid_request_error"),
     RateLimited: Row(429, "requests", "rate_limit_exceeded"),
     TokensLimited: Row(429, "tokens", "rate_limit_exceeded"),
+    TimeIsUp: Row(504, "server_error", "timeout"),
     LimitUnknown: Row(503, "service_unavailable_error", "storage"),
     StorageAway: Row(503, "service_unavailable_error", "storage"),
     # Between client and consumer. 499 is for the log: nobody is there to read it.
@@ -244,6 +259,7 @@ ROWS: dict[type[Exception], Row] = {
     # Between gateway and worker: never a worker's own text, except what an engine refuses.
     InferenceError: Row(500, "server_error", message=INTERNAL_ERROR),
     NoCapacity: Row(503, "service_unavailable_error", "server_is_overloaded", OVERLOADED),
+    NoWorker: Row(503, "service_unavailable_error", "server_is_overloaded"),
     WorkerUnreachable: Row(503, "service_unavailable_error", "server_is_overloaded", OVERLOADED),
     WorkerBroke: Row(503, "service_unavailable_error", "stream_interrupted", INTERRUPTED),
     WorkerRefused: Row(400, "invalid_request_error"),

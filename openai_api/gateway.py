@@ -14,6 +14,7 @@ from typing import Protocol
 from inference.beats import BeatBook
 from inference.client import WorkerClient
 from inference.dispatch.dispatcher import Dispatcher
+from inference.dispatch.explanations import LATEST
 from inference.dispatch.fleet import Fleet
 from inference.once import Once
 from openai_api import limits
@@ -21,6 +22,7 @@ from openai_api.admission import Admission
 from openai_api.auth import Key, KeyRing
 from openai_api.errors import StorageAway
 from openai_api.guard import Cuttable, KeyGuard
+from openai_api.keep_alive import KeepAlive
 from openai_api.metrics import Meter
 from registry.rights import Network
 from registry.spool import Spool
@@ -32,12 +34,6 @@ KEEP_ALIVE_SECONDS = 10.0
 
 SETTLE_SECONDS = 5.0
 """How long an ending gateway waits for requests that were cut to write down what they cost."""
-
-
-class KeptAlive(Protocol):
-    """An open stream."""
-
-    def keep_alive(self) -> None: ...
 
 
 class Limited(Protocol):
@@ -57,14 +53,19 @@ class Gateway:
         proxies: tuple[Network, ...] = (),
         redis_url: str | None = None,
     ) -> None:
-        self.keep_alive_seconds = KEEP_ALIVE_SECONDS
         self.name = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
         self.loop: asyncio.AbstractEventLoop | None = None
         """Where it runs; None before the start and after the end."""
         self.started = False
+        self.ending = False
+        """It answers what it is asked, and tells load balancers to ask others."""
+        self.ready_asked_at = float("-inf")
+        """When somebody last asked whether it is ready."""
         self.fleet = Fleet()
         self.dispatcher = Dispatcher(self.fleet)
+        self.explanations = LATEST
         self.client = WorkerClient()
+        self.fleet.on_refresh(lambda: self.client.break_off(self.fleet.is_gone))
         self.beats = BeatBook(self.fleet, name=self.name)
         self.meter = Meter()
         self.keys = KeyRing(peppers, away_seconds=lambda: self.fleet.database_away_seconds, proxies=proxies)
@@ -73,7 +74,7 @@ class Gateway:
         self.guard = KeyGuard(self.keys)
         self.fleet.subscribe("api_key", self.guard.suspect)
         self._guarding: asyncio.Task[None] | None = None
-        self.waiting: set[KeptAlive] = set()
+        self.waiting = KeepAlive(KEEP_ALIVE_SECONDS)
         """Open streams, told every `KEEP_ALIVE_SECONDS`."""
         self.limited: set[Limited] = set()
         """Open requests that some limit counts."""
@@ -123,17 +124,11 @@ class Gateway:
         await self.fleet.start()
         await self.beats.start()
         await self.admission.start()
-        self._ticking = asyncio.create_task(self._tick(), name="keep-alive")
+        self._ticking = asyncio.create_task(self.waiting.run(), name="keep-alive")
         self._truing = asyncio.create_task(self._true_up(), name="limits true-up")
         self._guarding = asyncio.create_task(self.guard.run(), name="key guard")
         self.started = True
         logger.info("gateway started", extra={"event": "gateway_started", "gateway": self.name})
-
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(self.keep_alive_seconds)
-            for stream in self.waiting:
-                stream.keep_alive()
 
     async def _true_up(self) -> None:
         while True:

@@ -19,37 +19,41 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Annotated
 
 import msgspec
 from django.db import Error as DatabaseError
 
-from inference.client import DONE
 from inference.dispatch.demand import NO_DEMAND, Demand
+from inference.dispatch.explanations import Explanation, Step
 from inference.dispatch.leases import Lease
 from inference.dispatch.queue import Wish
+from inference.dispatch.retries import pause
 from inference.dispatch.views import RouteView, WorkerView
-from inference.errors import NoCapacity, Poisonous, WorkerBroke, WorkerUnreachable
+from inference.errors import NoCapacity, Poisonous, WorkerBroke, WorkerRefused, WorkerUnreachable
 from inference.http import ClientGone, HttpConsumer, Request
+from inference.protocol import LORA
+from inference.sse import DONE
 from openai_api import limits
 from openai_api.admission import Admitted
 from openai_api.answered import Answered
 from openai_api.auth import Key
 from openai_api.continuation import GoingOn, Said, says_nothing, usage_of
-from openai_api.dialects import Dialect, dialect_of
+from openai_api.dialects import Dialect, dialect_of, field_meant, for_model
 from openai_api.endpoints import CHAT, Endpoint
 from openai_api.errors import (
     ForbiddenModel,
     StorageAway,
+    TimeIsUp,
     UnknownModel,
     WrongEndpoint,
     answer_to,
     row_of,
 )
 from openai_api.gateway import Gateway
-from openai_api.parsing import check_headers, unsupported
+from openai_api.parsing import SESSION_HEADER, check_headers, check_session, unsupported
 from openai_api.protocol import Call
 from openai_api.protocol.call import Size
 from registry.actions.budgets import reserve
@@ -65,8 +69,18 @@ logger = logging.getLogger("roundhouse.request")
 class Generation:
     """One request on its way. `run` or `run_as` is called once; `client_left` when the client leaves."""
 
-    def __init__(self, gateway: Gateway, consumer: Answered, endpoint: Endpoint = CHAT) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        consumer: Answered,
+        endpoint: Endpoint = CHAT,
+        *,
+        on_wait: Callable[[int, float | None], None] | None = None,
+    ) -> None:
+        """`on_wait` is called when it has to wait for a worker, and every second then: how many are served
+        before it, and in about how many seconds its turn comes, None while that cannot be said."""
         self._gateway = gateway
+        self._on_wait = on_wait
         self._endpoint = endpoint
         self._consumer = consumer
         self._http: HttpConsumer | None = None
@@ -80,16 +94,21 @@ class Generation:
         self._request_id = ""
         self._key: Key | None = None
         self._model = ""
+        self._base = ""
+        """The route that the model is an adapter of."""
         self._stream = False
         self._most_tokens: int | None = None
         """What was asked for at most, over all answers."""
         self._demand = NO_DEMAND
+        self._session: str | None = None
         self._admitted: Admitted | None = None
         self._entry: Entry | None = None
         self._lease: Lease | None = None
         self._worker: WorkerView | None = None
         self._attempts = 0
         self._queued = 0.0
+        self._place: int | None = None
+        """In the queue, when it began to wait."""
         self._known_at = self._began
         self._asked_at = self._began
         """When its key was known, and when the last worker was asked."""
@@ -107,6 +126,9 @@ class Generation:
         self._cut: Exception | None = None
         """Why the gateway ends it."""
         self._cutting: asyncio.Task[None] | None = None
+        self._time_is_up: asyncio.TimerHandle | None = None
+        self._steps: list[Step] = []
+        """How it was dispatched."""
 
     async def run(self, request: Request, consumer: HttpConsumer) -> None:
         """Answer a client. Raises what it is told by `answer_to`, as long as nothing was sent."""
@@ -116,6 +138,9 @@ class Generation:
             self._key = await self._gateway.keys.admit(request, self._endpoint.scope)  # 1
             self._known_at = time.monotonic()
             check_headers(request.headers)
+            session = request.headers.get(SESSION_HEADER)
+            if session is not None:
+                self._session = check_session(session)
             # No name for it here: `_answer` lets it go once it is parsed, however long the answer takes.
             await self._answer(self._key, await consumer.read_body(limits.BODY_BYTES))  # 2
 
@@ -134,21 +159,35 @@ class Generation:
         fields = call.needs()
         needs = self._endpoint.needs | fields if fields else self._endpoint.needs
         route = self._resolve(key, call, needs)  # 4, 5
+        self._base = route.base
+        if route.adapter:
+            needs |= {LORA + route.adapter}
         if self._endpoint.prepare is not None:
             await self._endpoint.prepare(call, key)
         if self._endpoint.adapter is not None:
             self._consumer = self._endpoint.adapter(self._consumer, call, key, self._request_id)
         forwarded = call.forwarded(fields)
+        if route.adapter:
+            forwarded = for_model(forwarded, LORA + route.adapter)
         counted = self._endpoint.counted
         size = call.size(len(forwarded)) if counted else Size(0)
         if size.most_tokens is not None:
             self._most_tokens = size.most_tokens * size.answers
-        self._demand = Demand(forwarded, most_tokens=size.most_tokens, answers=size.answers)
+        session = self._session or call.session
+        self._demand = Demand(
+            forwarded,
+            most_tokens=size.most_tokens,
+            answers=size.answers,
+            session=hash((key.public_id, session)) if session is not None else 0,
+        )
         if key.rules:
             await self._admit(key, size, len(forwarded) if counted else 0)  # 6
         self._entry = self._open(key)
         self._gateway.enter(self, key)
-        if counted and (budgets := key.budgets_for(self._model)):
+        if (total := route.timeouts.total) is not None:
+            left = self._began + total - time.monotonic()
+            self._time_is_up = asyncio.get_running_loop().call_later(left, self.cut, TimeIsUp(total))
+        if counted and (budgets := key.budgets_for(self._model, self._base)):
             await self._reserve(budgets, self._entry, route, size)
         if not self._stream:
             async with self._cuttable():
@@ -174,6 +213,8 @@ class Generation:
             yield
         except BaseException as error:
             self._error = error
+            if isinstance(error, WorkerRefused):
+                error.param = field_meant(error, self._endpoint.asked)
             raise
         finally:
             await self._settle()  # 10
@@ -238,7 +279,7 @@ class Generation:
         try:
             await self._begin()
             if self._http is not None:
-                await self._http.stream_chunk(b": keep-alive\n\n")
+                await self._http.stream_events([b": keep-alive\n\n"])
         except Exception:
             # It ended in this moment: its own task tells what there is to tell.
             logger.debug("a stream took no comment", exc_info=True)
@@ -268,7 +309,7 @@ class Generation:
         route = self._gateway.fleet.route(model)
         if route is None:
             raise UnknownModel(model)
-        if not key.may_use(model):
+        if not (key.may_use(model) or (route.base and key.may_use(route.base))):
             raise ForbiddenModel(model, key.project_name)
         nobody = True
         for deployment, _ in route.targets:
@@ -297,6 +338,7 @@ class Generation:
             max_tokens=size.most_tokens,
             choices=size.answers,
             request_id=self._request_id,
+            base=self._base,
         )
         if self._admitted is not None:
             if self._http is not None:
@@ -322,6 +364,7 @@ class Generation:
                 completion_tokens=most * size.answers,
                 started_at=entry.opened.started_at,
                 gateway=self._gateway.name,
+                base=self._base,
             )
         except DatabaseError as error:
             logger.warning("a hard budget could not be asked", extra={"event": "budget_away"})
@@ -338,6 +381,7 @@ class Generation:
                     key_public_id=key.public_id,
                     key_name=key.name,
                     route=self._model,
+                    base=self._base,
                     endpoint=self._endpoint.path,
                     stream=self._stream,
                 )
@@ -360,13 +404,26 @@ class Generation:
             rank=PRIORITY_ORDER[key.priority] if key is not None else 1,
             project=key.project_id if key is not None else 0,
             demand=self._demand,
+            last_try=self._attempts == limits.WORKERS_TRIED - 1,
+            told=self._waits if self._on_wait is not None or self._http is not None else None,
         )
         lease = self._lease = await self._gateway.dispatcher.acquire(route, wish)
+        self._steps.append(Step(lease.choice, lease.queue_seconds))
         self._queued += lease.queue_seconds
         self._attempts += 1
         self._worker = lease.worker
         self._asked_at = time.monotonic()
         return lease.worker
+
+    def _waits(self, place: int, seconds: float | None) -> None:
+        if self._on_wait is not None:
+            self._on_wait(place, seconds)
+        elif self._http is not None and self._place is None:
+            self._place = place
+            if not self._started:
+                self._http.answer_headers.append((b"x-queue-position", b"%d" % (place + 1)))
+                if seconds is not None:
+                    self._http.answer_headers.append((b"x-queue-estimate", b"%.1f" % seconds))
 
     def _note_first(self) -> None:
         """The worker's first byte is here: tell where the time until then went, if it is not too late."""
@@ -380,13 +437,15 @@ class Generation:
         )
         self._http.answer_headers.append((b"server-timing", times))
 
-    async def _let_go(self, worker: WorkerView, error: WorkerUnreachable | WorkerBroke) -> None:
-        """A worker failed this request: what does that say of it, and of the request? Raises where nobody
-        waits for another's answer."""
+    async def _let_go(self, worker: WorkerView, error: WorkerUnreachable | WorkerBroke) -> bool:
+        """A worker failed this request: what does that say of it, and of the request? True when it is gone.
+        Raises where nobody waits for another's answer."""
         if self._consumer.client_gone:
             raise ClientGone from error  # perhaps it failed because we told it to stop
         if self._cut is not None:
             raise self._cut from None
+        if self._steps:
+            self._steps[-1].failed = str(error)
         about = {"request_id": self._request_id, "worker": worker.name, "attempt": self._attempts}
         began = isinstance(error, WorkerBroke)
         logger.warning(
@@ -405,15 +464,20 @@ class Generation:
                 logger.warning("a worker fails too often", extra={"event": "worker_ejected"} | about)
             self._lease.release()
             self._lease = None
+        return gone
 
     async def _give_up(self, worker: WorkerView, error: WorkerUnreachable) -> None:
         """Go on to another worker, or raise: too many were tried, or nobody waits any more."""
-        await self._let_go(worker, error)
+        gone = await self._let_go(worker, error)
         if self._attempts >= limits.WORKERS_TRIED:
             raise error
         # One that could not be connected to has had nothing of the request: to ask another is no second try.
-        if error.took_it and not self._gateway.dispatcher.retries.take():
-            raise error
+        # All that one had when it died is asked once more, too: others' slots bound what comes to them, and
+        # should one of the requests have been its death, `poison` knows at the second one.
+        if error.took_it:
+            if not (gone and self._attempts == 1) and not self._gateway.dispatcher.retries.take():
+                raise error
+            await asyncio.sleep(pause())
 
     def _fingerprint(self) -> int:
         """Of who asks what; in this process only."""
@@ -426,7 +490,11 @@ class Generation:
             worker = await self._next_worker(route, needs, avoid)
             try:
                 answer = await self._gateway.client.complete(
-                    worker, self._endpoint.asked, body, request_id=self._request_id
+                    worker,
+                    self._endpoint.asked,
+                    body,
+                    request_id=self._request_id,
+                    timeouts=route.timeouts,
                 )
                 usage, answer = self._read(answer, worker)
                 break
@@ -463,17 +531,28 @@ class Generation:
         asked = self._endpoint.asked
         avoid: frozenset[int] = frozenset()
         said = Said()
+        writers: set[int] = set()
+        """Revisions of deployments whose workers wrote what was said."""
+        going_on: GoingOn | None = None
         while True:
             worker = await self._next_worker(route, needs, avoid)
-            events = self._gateway.client.stream(worker, asked, body, request_id=self._request_id)
+            if going_on is not None:
+                same_model = writers == {worker.revision_id}
+                body_left = going_on.body_for(worker.capabilities, same_model=same_model)
+                if body_left is None:
+                    raise WorkerBroke("No worker of the same model could go on with the answer.")
+                body = body_left
+            events = self._gateway.client.stream(
+                worker, asked, body, request_id=self._request_id, timeouts=route.timeouts
+            )
             async with aclosing(events):
                 try:
-                    first = await anext(events)
-                    if first.startswith(_ERROR):
+                    batch = await anext(events)
+                    if batch[0].startswith(_ERROR):
                         raise WorkerUnreachable(f"{worker.name} answered with an error event.")
                     dialect = dialect_of(worker.engine, asked, self._model, call.samples)
                     if dialect is not None:
-                        first = dialect.event(first)
+                        batch = _in_dialect(dialect, batch)
                 except StopAsyncIteration:
                     nothing = WorkerUnreachable(f"{worker.name} answered with nothing.")
                     await self._give_up(worker, nothing)
@@ -485,71 +564,102 @@ class Generation:
                 else:
                     if self._first_at is None:
                         self._note_first()
-                    tail = _TAIL.search(first)
+                    tail = _TAIL.search(batch[0])
                     await self._begin(0 if tail is None else int(tail[1]))
-                    if dialect is not None:
-                        events = _in_dialect(dialect, events)
-                    broke = await self._relay(first, events, said, shows_usage)
+                    writers.add(worker.revision_id)
+                    broke = await self._relay(batch, events, dialect, said, shows_usage)
                     if broke is None:
                         return
                     await self._let_go(worker, broke)
                     going_on = self._going_on(route, said)
                     if going_on is None:
+                        self._gateway.meter.interrupted += 1
                         raise broke
+                    self._gateway.meter.continued += 1
                     if going_on.tokens_left == 0 or said.finished:
                         await self._finish(said, shows_usage)
                         return
-                    body = going_on.body
                     needs = self._endpoint.needs | call.needs() | going_on.needs
             avoid |= {worker.id}
 
     # -- 9
 
     async def _relay(
-        self, first: bytes, events: AsyncGenerator[bytes], said: Said, shows_usage: bool
+        self,
+        batch: list[bytes],
+        events: AsyncGenerator[list[bytes]],
+        dialect: Dialect | None,
+        said: Said,
+        shows_usage: bool,
     ) -> WorkerBroke | None:
-        """Pass events on. Each carries the usage so far as its last key, cut off without parsing. Returns
-        what broke the answer off, None when it is whole."""
-        if self._entry is None:
-            raise AssertionError("an answer without an entry in the ledger")
-        send, count, match_tail = self._consumer.stream_chunk, self._entry.count, _TAIL.match
-        keep = said.add
-        usage_instead = b',"usage":null}\n\n' if shows_usage else b"}\n\n"
-        earlier, written = self._before or (0, 0)
-        event = first
+        """Pass events on, those that came together in one piece. Returns what broke the answer off, None when
+        it is whole."""
+        send = self._consumer.stream_events
+        if self._before is not None and says_nothing(batch[0]):
+            del batch[0]
         try:
-            if self._before is not None and says_nothing(event):
-                event = await anext(events)
-            while event != DONE:
-                at = event.rfind(b',"usage":{')
-                tail = match_tail(event, at) if at > 0 else None
-                if tail is not None:
-                    self._prompt, self._completion = prompt, completion = (
-                        earlier or int(tail[1]),
-                        written + int(tail[2]),
-                    )
-                    count(prompt_tokens=prompt, completion_tokens=completion, cached_tokens=self._cached)
-                    if not event.endswith(_NO_CHOICES, 0, at):
-                        await send(event[:at] + usage_instead)
-                        keep(event)
-                    else:
-                        if not earlier and (cached := _CACHED.search(event, at)):
-                            self._count(prompt, completion, int(cached[1]))
-                        if shows_usage:
-                            await send((said.usage(prompt, completion) if earlier else event) + b"\n\n")
-                else:
-                    await self._relay_other(event, said, shows_usage)
-                event = await anext(events)
+            while True:
+                ended = batch[-1:] == [DONE]
+                if ended:
+                    batch.pop()
+                told, broke = self._told(batch, said, shows_usage)
+                if told:
+                    await send(told)
+                if broke is not None:
+                    return broke
+                if ended:
+                    break
+                batch = await anext(events)
+                if dialect is not None:
+                    batch = _in_dialect(dialect, batch)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return WorkerBroke("The worker sent an event that is none.")
         except WorkerBroke as error:
             return error
         except StopAsyncIteration:
             return WorkerBroke("The stream ended early.")
+        if not said.ends():
+            return WorkerBroke("The stream ended without a finish reason.")
         if self._cut is not None:
             raise self._cut
         await self._end_whole()
-        # The client has all of it; what follows only lets the connection be used again.
-        await anext(events, None)
         return None
+
+    def _told(
+        self, events: list[bytes], said: Said, shows_usage: bool
+    ) -> tuple[list[bytes], WorkerBroke | None]:
+        """Events for the client, and what broke the answer off behind them. Each event of the worker carries
+        the usage so far as its last key, which is counted, and cut off without parsing."""
+        if self._entry is None:
+            raise AssertionError("an answer without an entry in the ledger")
+        told: list[bytes] = []
+        broke = None
+        usage_instead = b',"usage":null}\n\n' if shows_usage else b"}\n\n"
+        earlier, written = self._before or (0, 0)
+        try:
+            for event in events:
+                at = event.rfind(b',"usage":{')
+                tail = _match_tail(event, at) if at > 0 else None
+                if tail is None:
+                    if (other := self._told_other(event, said, shows_usage)) is not None:
+                        told.append(other)
+                    continue
+                prompt, completion = earlier or int(tail[1]), written + int(tail[2])
+                self._prompt, self._completion = prompt, completion
+                if not event.endswith(_NO_CHOICES, 0, at):
+                    told.append(event[:at] + usage_instead)
+                    said.add(event)
+                    continue
+                if not earlier and (cached := _CACHED.search(event, at)):
+                    self._count(prompt, completion, int(cached[1]))
+                if shows_usage:
+                    told.append((said.usage(prompt, completion) if earlier else event) + b"\n\n")
+        except WorkerBroke as error:
+            broke = error
+        self._entry.count(
+            prompt_tokens=self._prompt, completion_tokens=self._completion, cached_tokens=self._cached
+        )
+        return told, broke
 
     async def _end_whole(self) -> None:
         self._ended = True
@@ -572,11 +682,11 @@ class Generation:
 
     async def _finish(self, said: Said, shows_usage: bool) -> None:
         """All tokens were sent; what the worker died over is the end of the stream."""
-        send = self._consumer.stream_chunk
-        if not said.finished:
-            await send(said.ending(usage=shows_usage) + b"\n\n")
+        told = [] if said.finished else [said.ending(usage=shows_usage) + b"\n\n"]
         if shows_usage:
-            await send(said.usage(self._prompt, self._completion) + b"\n\n")
+            told.append(said.usage(self._prompt, self._completion) + b"\n\n")
+        if told:
+            await self._consumer.stream_events(told)
         await self._end_whole()
 
     def _in_all(self, prompt: int, completion: int) -> tuple[int, int]:
@@ -585,7 +695,7 @@ class Generation:
             return prompt, completion
         return self._before[0] or prompt, self._before[1] + completion
 
-    async def _relay_other(self, event: bytes, said: Said, shows_usage: bool) -> None:
+    def _told_other(self, event: bytes, said: Said, shows_usage: bool) -> bytes | None:
         """An event whose usage is not where ours puts it: taken apart and put together again."""
         if event.startswith(_ERROR):
             raise WorkerBroke("The worker reported an error in mid-answer.")
@@ -603,7 +713,7 @@ class Generation:
                 raise WorkerBroke("The worker sent a usage that is none.") from error
             if not chunk.get("choices"):
                 if not shows_usage:
-                    return
+                    return None
                 if self._before is not None:
                     usage = usage_of(self._prompt, self._completion)
                 chunk["usage"] = usage
@@ -611,7 +721,7 @@ class Generation:
             chunk.setdefault("usage", None)
         if chunk.get("choices"):
             said.add(event)
-        await self._consumer.stream_chunk(b"data: " + msgspec.json.encode(chunk) + b"\n\n")
+        return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
 
     def _count_usage(self, usage: _Usage) -> None:
         details = usage.prompt_tokens_details
@@ -644,6 +754,10 @@ class Generation:
             outcome, status = self._outcome()
             if self._lease is not None:
                 self._lease.release()
+            if self._time_is_up is not None:
+                self._time_is_up.cancel()
+            if self._steps:
+                self._gateway.explanations.note(self._request_id, self._explanation(status))
             if self._admitted is not None:
                 self._gateway.limited.discard(self)
                 self._admitted.settle(self._prompt, self._completion)
@@ -660,11 +774,26 @@ class Generation:
                 status,
                 time.monotonic() - self._began,
                 self._first_at - self._began if self._stream and self._first_at is not None else None,
+                self._queued,
                 self._prompt,
                 self._cached,
                 self._completion,
             )
             self._log(outcome, status)
+
+    def _explanation(self, status: int) -> Explanation:
+        now = time.monotonic()
+        return Explanation(
+            route=self._model,
+            endpoint=self._endpoint.path,
+            status=status,
+            auth_seconds=self._known_at - self._began,
+            first_seconds=None if self._first_at is None else self._first_at - self._began,
+            total_seconds=now - self._began,
+            prompt_tokens=self._demand.prompt_tokens,
+            session=bool(self._demand.session),
+            steps=self._steps,
+        )
 
     def _outcome(self) -> tuple[Outcome, int]:
         error = self._error
@@ -726,12 +855,9 @@ class Generation:
         )
 
 
-async def _in_dialect(dialect: Dialect, events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    try:
-        async for event in events:
-            yield event if event == DONE else dialect.event(event)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise WorkerBroke("The worker sent an event that is none.") from error
+def _in_dialect(dialect: Dialect, events: list[bytes]) -> list[bytes]:
+    """Raises DecodeError or UnicodeDecodeError."""
+    return [event if event == DONE else dialect.event(event) for event in events]
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
@@ -762,4 +888,5 @@ _TAIL = re.compile(
     rb"[^{}]*(?:\{[^{}]*\}[^{}]*)*\}\}\Z"
 )
 """How workers end a chunk. Within a JSON string the quotes would be escaped, so this cannot be text."""
+_match_tail = _TAIL.match
 _CACHED = re.compile(rb'"cached_tokens":(\d{1,9})')

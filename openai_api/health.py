@@ -68,7 +68,7 @@ class Alive(ApiConsumer):
 
 
 class Ready(ApiConsumer):
-    """GET /readyz: it can serve any key; 503 while it cannot.
+    """GET /readyz: it can serve any key; 503 while it cannot, and when it is about to end.
 
     The database decides, and the spool, without which no request is begun. Without Redis all is served.
     """
@@ -81,16 +81,18 @@ class Ready(ApiConsumer):
         self._redis = redis
 
     async def handle(self, request: Request) -> None:
+        self._gateway.ready_asked_at = time.monotonic()
+        ending = self._gateway.ending
         away = self._gateway.fleet.database_away_seconds
         room = self._gateway.spool.has_room()
-        status = "ok" if room else "the spool has no room"
+        status = "it is ending" if ending else "ok" if room else "the spool has no room"
         details = {
             "status": "the database does not answer" if away > 0 else status,
             "database": f"away for {away:.0f} s" if away > 0 else "ok",
             "redis": await self._redis.state(),
             "spool_pending": self._gateway.spool.pending,
         }
-        await self.send_json(200 if room and not away else 503, details)
+        await self.send_json(200 if room and not away and not ending else 503, details)
 
 
 class Answering(HttpConsumer):

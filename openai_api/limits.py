@@ -31,6 +31,8 @@ REGEX_BYTES = 4 * 1024
 REGEX_STEPS = 16 * 1024
 """Characters of a regex once its counted repetitions are written out."""
 MODEL_NAME_LENGTH = 256
+SESSION_BYTES = 256
+"""Of the header `X-Session-Id` and of `prompt_cache_key`."""
 INT64_MAX = 2**63 - 1
 INT64_MIN = -(2**63)
 
@@ -50,6 +52,10 @@ HEADER_SECONDS = 10.0
 """A connection that has not sent a whole header after this is closed."""
 BODY_SECONDS = 30.0
 """A body that is not complete this long after its header ends the connection."""
+STALLED_SECONDS = 120.0
+"""A client that takes nothing of its answer for so long is cut off."""
+VANISHED_SECONDS = 14.0
+"""As is one that does not confirm for so long that anything arrived."""
 
 TEMPLATE_TOKENS = 1024
 """A prompt has at most as many tokens as its request has bytes, and these, which a template may add."""

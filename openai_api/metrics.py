@@ -25,7 +25,10 @@ SECONDS = (*(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0
 class _Traffic:
     """What one route answered at one endpoint."""
 
-    __slots__ = ("cached", "completion", "first", "first_sum", "prompt", "statuses", "whole", "whole_sum")
+    __slots__ = (
+        *("cached", "completion", "first", "first_sum", "prompt", "queued", "queued_sum"),
+        *("statuses", "whole", "whole_sum"),
+    )
 
     def __init__(self) -> None:
         self.statuses: dict[int, int] = {}
@@ -36,6 +39,8 @@ class _Traffic:
         self.first_sum = 0.0
         self.whole = [0] * (len(SECONDS) + 1)
         self.whole_sum = 0.0
+        self.queued = [0] * (len(SECONDS) + 1)
+        self.queued_sum = 0.0
 
 
 class Meter:
@@ -43,6 +48,10 @@ class Meter:
 
     def __init__(self) -> None:
         self._traffic: dict[tuple[str, str], _Traffic] = {}
+        self.continued = 0
+        """Streams that went on with another worker."""
+        self.interrupted = 0
+        """Streams whose worker broke off and nobody could go on."""
 
     def note(
         self,
@@ -51,6 +60,7 @@ class Meter:
         status: int,
         seconds: float,
         first_seconds: float | None,
+        queue_seconds: float,
         prompt: int,
         cached: int,
         completion: int,
@@ -66,6 +76,8 @@ class Meter:
         traffic.completion += completion
         traffic.whole[bisect_left(SECONDS, seconds)] += 1
         traffic.whole_sum += seconds
+        traffic.queued[bisect_left(SECONDS, queue_seconds)] += 1
+        traffic.queued_sum += queue_seconds
         if first_seconds is not None:
             traffic.first[bisect_left(SECONDS, first_seconds)] += 1
             traffic.first_sum += first_seconds
@@ -93,10 +105,18 @@ class Meter:
         yield from _head(name, "histogram", "From the request to the first token of a streamed answer.")
         for labels, traffic in shown:
             yield from _histogram(name, labels, traffic.first, traffic.first_sum)
+        name = "queue_time_seconds"
+        yield from _head(name, "histogram", "Waited for a free worker; nearly all wait less than the least.")
+        for labels, traffic in shown:
+            yield from _histogram(name, labels, traffic.queued, traffic.queued_sum)
         name = "e2e_request_latency_seconds"
         yield from _head(name, "histogram", "From the request to the end of its answer.")
         for labels, traffic in shown:
             yield from _histogram(name, labels, traffic.whole, traffic.whole_sum)
+        name = "continuations_total"
+        yield from _head(name, "counter", "Streams whose worker broke off: did another one go on?")
+        yield _line(name, {"continued": "true"}, self.continued)
+        yield _line(name, {"continued": "false"}, self.interrupted)
 
 
 def render(gateway: Gateway, *, version: str) -> bytes:
@@ -113,6 +133,29 @@ def render(gateway: Gateway, *, version: str) -> bytes:
                 ({"deployment": one.name}, gateway.dispatcher.waiting(one.id))
                 for one in gateway.fleet.deployments
             ],
+        ),
+        *_gauge(
+            "tokens_waiting",
+            "What those requests ask for, in tokens of prompts; a generated one counts as four.",
+            [
+                ({"deployment": one.name}, gateway.dispatcher.waiting_work(one.id))
+                for one in gateway.fleet.deployments
+            ],
+        ),
+        *_head("queue_refused_total", "counter", "Requests that got no worker, by reason."),
+        *(
+            _line("queue_refused_total", {"reason": reason}, count)
+            for reason, count in gateway.dispatcher.refused.items()
+        ),
+        *_gauge(
+            "worker_requests",
+            "Requests that this gateway has at a worker.",
+            [({"worker": one.worker.name}, one.leases) for one in gateway.fleet.tallies.values()],
+        ),
+        *_head("dispatched_total", "counter", "Requests that this gateway gave to a worker."),
+        *(
+            _line("dispatched_total", {"worker": one.worker.name}, one.given)
+            for one in gateway.fleet.tallies.values()
         ),
         *_gauge(
             "workers",

@@ -62,6 +62,20 @@ def check_headers(headers: Mapping[bytes, bytes]) -> None:
         )
 
 
+SESSION_HEADER = b"x-session-id"
+
+
+def check_session(given: bytes) -> str:
+    """The session that a header names. Raises InvalidRequest for one that is too long."""
+    if len(given) > limits.SESSION_BYTES:
+        raise InvalidRequest(
+            f"Invalid 'X-Session-Id': longer than {limits.SESSION_BYTES} bytes.",
+            param="X-Session-Id",
+            code="string_above_max_length",
+        )
+    return given.decode("latin-1")
+
+
 _JSON = (b"application/json", b"")
 
 _decode_any = msgspec.json.Decoder().decode

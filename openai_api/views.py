@@ -12,8 +12,10 @@ from rest_framework.views import APIView
 
 from openai_api.auth import Key
 from openai_api.errors import MissingKey, StorageAway, UnknownModel
-from registry.models import Route
+from registry.adapters import adapters_of
+from registry.models import Route, RouteTarget
 from registry.rights import Scope
+from registry.states import EngineName
 
 READ = ["get", "head"]
 """Not OPTIONS: what DRF would tell there is in the OpenAPI document."""
@@ -38,15 +40,45 @@ def _key(request: Request) -> Key:
     return key
 
 
+def adapted_routes(key: Key) -> dict[str, AdaptedRoute]:
+    """Every `route:adapter` that this key may use, with its route, but for names that routes have."""
+    rows = RouteTarget.objects.filter(route__enabled=True, deployment__engine=EngineName.VLLM)
+    found: dict[str, AdaptedRoute] = {}
+    for target in rows.select_related("route", "deployment__language_model").order_by("route__name"):
+        route = target.route
+        for adapter in sorted(adapters_of(target.deployment.engine, target.deployment.arguments)):
+            name = f"{route.name}:{adapter}"
+            if key.may_use(name) or key.may_use(route.name):
+                context = target.deployment.language_model.context_length
+                known = found.setdefault(name, AdaptedRoute(name, route, context))
+                known.context_length = min(filter(None, (known.context_length, context)), default=None)
+    if found:
+        for name in Route.objects.filter(enabled=True, name__in=found).values_list("name", flat=True):
+            del found[name]
+    return found
+
+
+class AdaptedRoute:
+    """A route with an adapter, as a model object is made of it."""
+
+    def __init__(self, name: str, route: Route, context_length: int | None) -> None:
+        self.name = name
+        self.parent = route.name
+        self.created_at = route.created_at
+        self.context_length = context_length
+
+
 def model_object(route: Any) -> dict[str, Any]:
-    """OpenAI's model object; `max_model_len` is what chat pages and editors read beside it."""
-    return {
+    """OpenAI's model object; `max_model_len` is what chat pages and editors read beside it, `parent` what
+    vLLM tells of an adapter."""
+    told = {
         "id": route.name,
         "object": "model",
         "created": int(route.created_at.timestamp()),
         "owned_by": "roundhouse",
         "max_model_len": route.context_length,
     }
+    return told | {"parent": route.parent} if isinstance(route, AdaptedRoute) else told
 
 
 class Models(APIView):
@@ -57,7 +89,8 @@ class Models(APIView):
 
     def get(self, request: Request) -> Response:
         try:
-            data = [model_object(route) for route in allowed_routes(_key(request))]
+            key = _key(request)
+            data = [model_object(route) for route in (*allowed_routes(key), *adapted_routes(key).values())]
         except DatabaseError as error:
             raise StorageAway from error
         return Response({"object": "list", "data": data})
@@ -74,7 +107,10 @@ class ModelDetail(APIView):
             # No name has one, and PostgreSQL takes none in a question.
             raise UnknownModel(model, param="model")
         try:
-            route = allowed_routes(_key(request)).filter(name=model).first()
+            key = _key(request)
+            route: Any = allowed_routes(key).filter(name=model).first()
+            if route is None and ":" in model:
+                route = adapted_routes(key).get(model)
         except DatabaseError as error:
             raise StorageAway from error
         if route is None:

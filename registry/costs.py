@@ -71,10 +71,11 @@ class PriceBook:
             price = Price.from_db(None, _FIELDS, (number, route, aware(starts_at), *micros))
             self._prices.setdefault(route, []).append(price)
 
-    def in_force(self, route: str, at: datetime) -> Price | None:
-        """What a request that begins at `at` pays: the route's own price, else that of every other."""
-        for prices in (self._prices.get(route, ()), self._prices.get("", ())):
-            for price in prices:
+    def in_force(self, route: str, at: datetime, base: str = "") -> Price | None:
+        """What a request that begins at `at` pays: the route's own price, else that of the route it is an
+        adapter of (`base`), else that of every other."""
+        for name in (route, base, ""):
+            for price in self._prices.get(name, ()):
                 if price.starts_at <= at:
                     return price
         return None

@@ -86,6 +86,12 @@ def digest_secret(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def redis_prefix(secret_key: str) -> str:
+    """Before every name that an installation has in Redis, so that several may share one. Two that were given
+    the same secret key are one."""
+    return f"roundhouse:{hashlib.sha256(b'roundhouse.redis.' + secret_key.encode()).hexdigest()[:12]}:"
+
+
 def worker_secret(secret_key: str, worker_id: int, epoch: int) -> str:
     """The secret between gateways and one worker: every gateway can derive it, so none is stored."""
     return hmac.digest(

@@ -92,6 +92,8 @@ class Opened(msgspec.Struct, frozen=True, kw_only=True):
     route: str
     endpoint: str
     stream: bool
+    base: str = ""
+    """Of a route `base:adapter`: the route itself."""
 
 
 class Closed(msgspec.Struct, frozen=True, kw_only=True):
@@ -567,6 +569,7 @@ def _event(opened: Opened, closed: Closed, gateway: str) -> UsageEvent:
         key_public_id=_text(opened.key_public_id, 16),
         key_name=_text(opened.key_name, 120),
         route=_text(opened.route, 120),
+        base=_text(opened.base, 120),
         deployment=_text(closed.deployment, 63),
         worker=_text(closed.worker, 100),
         endpoint=_text(opened.endpoint, 64),

@@ -121,10 +121,14 @@ class CopyState(models.TextChoices):
     FAILED = "failed"
 
 
+COPY_UNDER_WAY = frozenset({CopyState.FETCHING, CopyState.CONVERTING})
+
+
 class EngineName(models.TextChoices):
     TRANSFORMERS = "transformers"
     VLLM = "vllm", "vLLM"
     EMBEDDING = "embedding"
+    UPSTREAM = "upstream"
     SIMULATED = "simulated"
 
 

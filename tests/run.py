@@ -3,8 +3,9 @@
     python -m tests.run [--full] [--only STAGE,…]
 
 Stages: `node` (agent and worker, in an environment without Django), `api` (what clients see, on SQLite),
-`engines` (torch), `sqlite` and `postgres` (what is kept in the database), `e2e-sqlite` and `e2e-postgres`
-(real processes, a real model). A missing service skips its stage and says so; with CI=true it fails.
+`engines` (torch, and the contract of all engines), `sqlite` and `postgres` (what is kept in the database),
+`chaos` (faults of workers, clients and networks), `e2e-sqlite` and `e2e-postgres` (real processes, a real
+model). A missing service skips its stage and says so; with CI=true it fails.
 """
 
 from __future__ import annotations
@@ -23,33 +24,38 @@ from tests import services
 ROOT = Path(__file__).resolve().parents[1]
 NODE_ENVIRONMENT = ROOT / ".venv-node"
 NODE_TEST_PACKAGES = ["pytest>=9.2", "pytest-asyncio>=1.5", "pytest-timeout>=2.4", "openai>=3.52"]
-STAGES = ("node", "api", "engines", "sqlite", "postgres", "e2e-sqlite", "e2e-postgres")
+STAGES = ("node", "api", "engines", "sqlite", "postgres", "chaos", "e2e-sqlite", "e2e-postgres")
+LANES = 3
+"""Stages at once."""
 API = ["tests/api", "tests/clients"]
 REST = ["tests/integration", "tests/security", "tests/unit"]
-ON_POSTGRES = [
-    "tests/integration",
-    *(
-        f"tests/api/test_{name}.py"
-        for name in (
-            *("admission", "budgets", "chat_completions", "keys"),
-            *("responses", "usage_api"),
-        )
-    ),
-    *(
-        f"tests/security/test_s{name}.py"
-        for name in (
-            *("23_mass_assignment", "24_privileges", "25_forbidden_models"),
-            *("28_kept_secrets", "42_budgets_under_attack", "46_csv_formulas"),
-        )
-    ),
-]
-"""What meets the database. The rest, formats and bounds above all, runs on SQLite alone, but in
+ON_POSTGRES = (
+    ["tests/integration"],
+    [
+        *(
+            f"tests/api/test_{name}.py"
+            for name in (
+                *("admission", "budgets", "chat_completions", "keys"),
+                *("responses", "usage_api"),
+            )
+        ),
+        *(
+            f"tests/security/test_s{name}.py"
+            for name in (
+                *("23_mass_assignment", "24_privileges", "25_forbidden_models"),
+                *("28_kept_secrets", "42_budgets_under_attack", "46_csv_formulas"),
+            )
+        ),
+    ],
+)
+"""In two parts, what meets the database. The rest, formats and bounds above all, runs on SQLite alone, but in
 `make test-full` on both."""
 RUN_ONCE = [
     *("tests/e2e/test_docs.py", "tests/e2e/test_readme.py", "tests/e2e/test_other_docs.py"),
     *("tests/e2e/test_embeddings.py", "tests/e2e/test_streaming.py", "tests/e2e/test_other_clients.py"),
     *("tests/e2e/test_admin_pages.py", "tests/e2e/test_chat_page.py", "tests/e2e/test_first_answer.py"),
     *("tests/e2e/test_commands.py", "tests/e2e/test_faults.py", "tests/e2e/test_stop.py"),
+    "tests/e2e/test_nodes.py",
 ]
 """What clients and operators see, and what becomes of processes: with PostgreSQL and a shared Redis these run
 in `make test-full` only."""
@@ -69,32 +75,35 @@ def main() -> int:
         postgres = stack.enter_context(services.postgres())
         redis = stack.enter_context(services.shared_redis())
 
-        def on_postgres() -> None:
+        def engines() -> None:
+            # A tiny model's steps are over before a second thread has heard of them, and waits for it spin.
+            runs.pytest("engines", ["tests/engines", "tests/contract"], OMP_NUM_THREADS="1")
+
+        def on_postgres(part: int) -> None:
             if postgres is None:
-                runs.skip("postgres", "no PostgreSQL answers, and none is installed")
+                if not part:
+                    runs.skip("postgres", "no PostgreSQL answers, and none is installed")
                 return
             runs.pytest(
                 "postgres",
-                [*REST, *API] if arguments.full else ON_POSTGRES,
+                [REST, API][part] if arguments.full else ON_POSTGRES[part],
                 DATABASE_URL=postgres,
-                ROUNDHOUSE_TEST_DB=f"roundhouse_test_{os.getpid()}",
+                ROUNDHOUSE_TEST_DB=f"roundhouse_test_{os.getpid()}_{part}",
             )
 
-        def engines_and_postgres() -> None:
-            runs.pytest("engines", ["tests/engines"])
-            on_postgres()
-
-        def api_and_node() -> None:
-            runs.pytest("api", API)
+        def node() -> None:
             if runs.wanted("node"):
                 runs.pytest("node", ["tests/node"], python=node_environment())
 
         # Half of their time these wait for processes of their own: several at once take little longer.
-        with ThreadPoolExecutor() as lanes:
+        with ThreadPoolExecutor(LANES) as lanes:
             started = [
-                lanes.submit(engines_and_postgres),
-                lanes.submit(api_and_node),
+                lanes.submit(runs.pytest, "api", API),
                 lanes.submit(runs.pytest, "sqlite", [*REST, "tests/mutants"]),
+                lanes.submit(engines),
+                lanes.submit(on_postgres, 0),
+                lanes.submit(on_postgres, 1),
+                lanes.submit(node),
             ]
             for lane in started:
                 lane.result()
@@ -108,6 +117,7 @@ def main() -> int:
                     runs.pytest("e2e-postgres", tests, DATABASE_URL=url, REDIS_URL=redis)
 
         # These judge times and kill processes: nothing runs beside them.
+        runs.pytest("chaos", ["tests/chaos"])
         runs.pytest("e2e-sqlite", ["tests/e2e"])
         e2e_on_postgres()
     return runs.summary()

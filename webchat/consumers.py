@@ -268,6 +268,7 @@ class ChatSocket(AsyncConsumer):  # type: ignore[misc]
     async def _pass_on(self, message_id: uuid.UUID, position: int, kept: Kept) -> None:
         """Send what there is behind `position` and what comes, as fast as this page takes it."""
         name = str(message_id)
+        told = None
         async with self._chat.log.following(message_id, kept) as answer:
             while True:
                 news = answer.news
@@ -279,7 +280,16 @@ class ChatSocket(AsyncConsumer):  # type: ignore[misc]
                     await self._say({"type": "end", "message": name, "seq": seq_of(length), **answer.end})
                     return
                 else:
+                    if answer.ahead != told:
+                        told = answer.ahead
+                        await self._say_waiting(name, answer)
                     await news.wait()
+
+    async def _say_waiting(self, name: str, answer: Answer) -> None:
+        if answer.ahead is not None and not answer.text:
+            ahead, seconds = answer.ahead
+            about = None if seconds is None else round(seconds, 1)
+            await self._say({"type": "waiting", "message": name, "ahead": ahead, "seconds": about})
 
     async def _say_delta(self, name: str, answer: Answer, start: int, end: int) -> None:
         text = answer.text[start:end]

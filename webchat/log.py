@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import time
 import uuid
@@ -28,6 +27,7 @@ from django.db import DatabaseError, InterfaceError
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
+from registry.keys import redis_prefix
 from registry.threads import in_database
 from webchat.models import Message, MessageState
 from webchat.protocol import show_end
@@ -64,6 +64,9 @@ class Answer:
         self.message_id = message_id
         self.text = text
         self.end: dict[str, Any] | None = None
+        self.ahead: tuple[int, float | None] | None = None
+        """While it waits for a worker: how many are served first, and in how many seconds its turn comes.
+        Readers in other processes do not hear of it."""
         self.news = asyncio.Event()
         """Set with the next change; take it before looking, then wait."""
         self.changed_at = time.monotonic()
@@ -72,6 +75,10 @@ class Answer:
         if text:
             self.text += text
             self._tell()
+
+    def wait(self, ahead: int, seconds: float | None) -> None:
+        self.ahead = ahead, seconds
+        self._tell()
 
     def finish(self, end: dict[str, Any]) -> None:
         if self.end is None:
@@ -106,8 +113,7 @@ class AnswerLog:
         self._redis_url = redis_url
         self._redis: Any = None
         self._reading: Any = None
-        instance = hashlib.sha256(b"roundhouse.chat." + settings.SECRET_KEY.encode()).hexdigest()[:12]
-        self._prefix = f"roundhouse:{instance}:chat:"
+        self._prefix = f"{redis_prefix(settings.SECRET_KEY)}chat:"
         self._written: dict[uuid.UUID, _Written] = {}
         self._followed: dict[uuid.UUID, _Followed] = {}
         self._behind: set[_Written] = set()

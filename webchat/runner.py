@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -198,7 +198,7 @@ class _Run:
         """How much of it the database has."""
         self.over = False
         self._log = log
-        self._generation = Generation(gateway, self)
+        self._generation = Generation(gateway, self, on_wait=self.answer.wait)
         self._task: asyncio.Task[None] | None = None
         self._began = time.monotonic()
         self._first_at: float | None = None
@@ -290,7 +290,11 @@ class _Run:
     async def stream_start(self, prompt_tokens: int = 0) -> None:
         """Readers need no start."""
 
-    async def stream_chunk(self, chunk: bytes) -> None:
+    async def stream_events(self, events: Sequence[bytes]) -> None:
+        for event in events:
+            self._read(event)
+
+    def _read(self, chunk: bytes) -> None:
         try:
             event = _decode(chunk[len(b"data: ") :])
         except (msgspec.DecodeError, UnicodeDecodeError):

@@ -3,4 +3,4 @@
 They write wishes through `registry.actions` and show what became of them.
 """
 
-from inference.admin import deployments, nodes, workers  # noqa: F401 (they register)
+from inference.admin import deployments, models, nodes, requests, workers  # noqa: F401 (they register)

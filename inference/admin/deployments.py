@@ -14,6 +14,7 @@ from django.utils.html import format_html, format_html_join
 
 from inference.admin import effects
 from inference.admin.badges import badge
+from inference.admin.deployment_form import DeploymentForm
 from inference.admin.live import LivePages, cell
 from inference.admin.operations import Operates, Operation
 from inference.admin.workers import progress_of
@@ -28,6 +29,7 @@ from registry.actions.deployments import (
 )
 from registry.admin.common import DeletesByAction, by, timeline
 from registry.models import Deployment
+from registry.upstreams import last4, url_of
 
 WORKERS_SHOWN = 20
 
@@ -85,6 +87,7 @@ OPERATIONS = (
 
 @admin.register(Deployment)
 class DeploymentAdmin(Operates, LivePages, DeletesByAction):
+    form = DeploymentForm
     list_display = ["name", "status", "ready", "reason", "next_action", "engine", "language_model"]
     list_select_related = ["language_model"]
     list_filter = ["engine"]
@@ -98,18 +101,23 @@ class DeploymentAdmin(Operates, LivePages, DeletesByAction):
         (None, {"fields": ["name", "language_model", "replicas", "slots"]}),
         ("Engine", {"fields": ["engine", "arguments", "environment"]}),
         ("Placement", {"fields": ["node_labels"]}),
-        ("Dispatch", {"fields": ["policy", "queue_limit", "queue_seconds", "drain_seconds"]}),
+        ("Dispatch", {"fields": ["policy", "queue_limit", "queue_tokens", "queue_seconds", "drain_seconds"]}),
     ]
 
     def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[ChangeList]:
         return WithStatus
 
     def get_fieldsets(self, request: HttpRequest, obj: Deployment | None = None) -> Any:
-        return self.wish if obj is None else [("Now", {"fields": self.facts}), *self.wish]
+        if obj is None:
+            return [*self.wish, ("Upstream", {"fields": ["new_key"]})]
+        key = ["key"]
+        if self.has_change_permission(request, obj):
+            key += ["new_key", "remove_key"]
+        return [("Now", {"fields": self.facts}), *self.wish, ("Upstream", {"fields": key})]
 
     def get_readonly_fields(self, request: HttpRequest, obj: Deployment | None = None) -> list[str]:
         # Workers and the ledger carry its name.
-        return [] if obj is None else ["name", *self.facts]
+        return [] if obj is None else ["name", *self.facts, "key"]
 
     def prepare_live(self, objs: Sequence[Deployment]) -> None:
         statuses = read_statuses(objs)
@@ -168,12 +176,20 @@ class DeploymentAdmin(Operates, LivePages, DeletesByAction):
         )
         return cell(obj, "workers", table if rows else "-")
 
+    @admin.display(description="key")
+    def key(self, obj: Deployment) -> str:
+        """Of the server behind it: its last characters, and no more of it."""
+        if not obj.upstream_key:
+            return "none"
+        shown = last4(obj.upstream_key, url_of(obj))
+        return f"…{shown}" if shown else "cannot be read with this installation's secret key: give it again"
+
     @admin.display(description="timeline")
     def events(self, obj: Deployment) -> str:
         return cell(obj, "events", timeline(obj))
 
     def save_model(self, request: HttpRequest, obj: Deployment, form: Any, change: bool) -> None:
-        save_deployment(deployment=obj, by=by(request))
+        save_deployment(deployment=obj, by=by(request), upstream_key=form.upstream_key)
         if not change:
             messages.info(
                 request,

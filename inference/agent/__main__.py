@@ -17,6 +17,7 @@ from typing import TextIO
 
 from inference.agent.identity import Identity, default_cache, default_data, node_folder, read_identity
 from inference.agent.loop import Agent
+from inference.bounds import leave_no_core
 
 log = logging.getLogger("inference.agent")
 
@@ -30,6 +31,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s agent: %(message)s"
     )
+    leave_no_core()
     data, cache = arguments.data.resolve(), arguments.cache.resolve()
     try:
         identity = _identity(data)

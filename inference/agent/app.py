@@ -5,6 +5,7 @@ The contract with the control plane:
     app.send_task("inference.agent.nudge", args=[generation], queue=f"node.{name}",
                   serializer="json", ignore_result=True, expires=30)
 
+with the prefix for all names in the broker (`global_keyprefix`) that the node was told when it joined.
 A nudge carries a number and nothing else; what to run is fetched from the gateway with the
 node's secret. So a lost, doubled or stale nudge does no harm, and no secret passes the broker.
 
@@ -57,7 +58,11 @@ def build_app(identity: Identity, heard: Callable[[int], object]) -> Celery:
         broker_connection_retry=True,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        broker_transport_options={"socket_keepalive": True, "health_check_interval": 10},
+        broker_transport_options={
+            "socket_keepalive": True,
+            "health_check_interval": 10,
+            "global_keyprefix": identity.broker_prefix,
+        },
     )
 
     @app.task(name="inference.agent.nudge", ignore_result=True)  # type: ignore[untyped-decorator]

@@ -87,6 +87,7 @@ def ensure_joined(
         address=request.address,
         secret=reply.secret,
         broker_url=reply.broker_url,
+        broker_prefix=reply.broker_prefix,
     )
     write_identity(data, identity)
     return identity

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from inference.agent.processes import Key, end_helper, lines_of, start_helper
-from inference.protocol import Cause, CopyPhase, CopyReport, ModelSpec
+from inference.protocol import Cause, CopyPhase, CopyReport, DeletedCopy, ModelSpec, UnwantedCopy
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,10 @@ class Copies:
         self._changed = changed
         self._command = command
         self._copies: dict[Wanted, Copy] = {}
+        self._deleted: dict[UnwantedCopy, DeletedCopy] = {}
+        self._deleting: dict[UnwantedCopy, asyncio.Task[None]] = {}
+        self._undeletable: set[UnwantedCopy] = set()
+        """Tried again with every order, and said once."""
 
     def want(self, model: ModelSpec, key: Key) -> Copy:
         """The copy that worker `key` needs, at whatever phase; starts an attempt when there is none.
@@ -74,6 +78,17 @@ class Copies:
             if task is not None:
                 task.cancel()
 
+    def delete(self, unwanted: Collection[UnwantedCopy]) -> None:
+        """Delete these from the cache. What is done is told by `deleted` for as long as it is asked for."""
+        self._deleted = {copy: told for copy, told in self._deleted.items() if copy in unwanted}
+        for copy in unwanted:
+            if copy not in self._deleted and copy not in self._deleting:
+                task = asyncio.create_task(self._delete(copy), name=f"deletion of {copy.name}")
+                self._deleting[copy] = task
+
+    def deleted(self) -> list[DeletedCopy]:
+        return list(self._deleted.values())
+
     def reports(self) -> list[CopyReport]:
         # A model whose source was changed has two; the newer one counts.
         newest = {copy.report.model_id: copy.report for copy in self._copies.values()}
@@ -82,9 +97,25 @@ class Copies:
     async def close(self) -> None:
         """End every attempt; what is complete stays."""
         tasks = [copy.task for copy in self._copies.values() if copy.task]
+        tasks += self._deleting.values()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _delete(self, copy: UnwantedCopy) -> None:
+        try:
+            freed = await asyncio.to_thread(_delete_files, copy, self._cache)
+        except OSError as error:
+            if copy not in self._undeletable:
+                self._undeletable.add(copy)
+                log.error("The files of %s cannot be deleted: %s.", copy.name, error.strerror)
+            return
+        finally:
+            del self._deleting[copy]
+        if freed is not None:
+            self._deleted[copy] = DeletedCopy(name=copy.name, source=copy.source, freed_bytes=freed)
+            log.info("The files of %s, which was removed, are deleted: %d bytes.", copy.name, freed)
+            self._changed()
 
     async def _make(self, model: ModelSpec, copy: Copy) -> None:
         try:
@@ -124,6 +155,17 @@ class Copies:
             return copy.report
         cause = Cause.KILLED if exit_code < 0 else Cause.FETCH
         return _failed(model, cause, f"The fetching ended with exit code {exit_code}.")
+
+
+def _delete_files(copy: UnwantedCopy, cache: Path) -> int | None:
+    # Here, because it takes a second to import, and most agents never need it.
+    from inference.sources import SourceError, parse_source
+    from inference.sources.prepare import delete_copy
+
+    try:
+        return delete_copy(copy.name, parse_source(copy.source), cache)
+    except SourceError:
+        return 0  # of a form that is not taken any more: nothing here is known by it
 
 
 def _stale(copy: Copy, key: Key) -> bool:

@@ -20,6 +20,8 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     secret: str
     broker_url: str | None = None
     """Where nudges arrive; None: the agent only asks by itself."""
+    broker_prefix: str = ""
+    """Before the names of queues there: others may use it too."""
 
     @property
     def bearer(self) -> str:

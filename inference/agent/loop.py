@@ -41,7 +41,7 @@ ANSWER_SECONDS = 10.0
 DRAIN_MARGIN_SECONDS = 10.0
 """A worker ends its own drain in time; this much later the agent no longer believes it."""
 
-WITHOUT_WEIGHTS = frozenset({"simulated"})
+WITHOUT_WEIGHTS = frozenset({"simulated", "upstream"})
 """Engines that need no model files."""
 
 
@@ -134,6 +134,7 @@ class Agent:
             version=version(),
             processes=self._workers.reports(),
             copies=self._copies.reports(),
+            deleted=self._copies.deleted(),
             memory_bytes=now.memory_bytes,
             memory_free_bytes=now.memory_free_bytes,
             cores=now.cores,
@@ -191,6 +192,8 @@ class Agent:
                 else:
                     waiting.add((assignment.model.id, assignment.model.source))
         self._copies.keep_only(waiting)
+        used = {(each.model.name, each.model.source) for each in orders.values()}
+        self._copies.delete([copy for copy in self._orders.unwanted if (copy.name, copy.source) not in used])
         self._workers.prune(keep=orders.keys())
 
     def _start(self, key: Key, assignment: Assignment) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inference.dispatch.prefixes import Prefixes
+
 BYTES_PER_TOKEN = 4
 """Of JSON around mostly English text; other scripts have fewer tokens to the character, and longer ones."""
 ANSWER_WORTH = 4
@@ -18,11 +20,15 @@ MAX_BLOCKS = 128
 class Demand:
     """One request. Made for each, so it keeps what it is given and computes the rest when asked."""
 
-    __slots__ = ("_blocks", "answer_tokens", "body", "cached_tokens", "prompt_tokens")
+    __slots__ = ("_blocks", "answer_tokens", "body", "cached_tokens", "prompt_tokens", "session")
 
-    def __init__(self, body: bytes = b"", *, most_tokens: int | None = 0, answers: int = 1) -> None:
-        """`body` is the JSON for the worker; `most_tokens` bounds each of the answers, None: nothing does."""
+    def __init__(
+        self, body: bytes = b"", *, most_tokens: int | None = 0, answers: int = 1, session: int = 0
+    ) -> None:
+        """`body` is the JSON for the worker; `most_tokens` bounds each of the answers, None: nothing does.
+        Requests of the same `session` build on one another; 0: nobody said so."""
         self.body = body
+        self.session = session
         self._blocks: tuple[int, ...] | None = None
         self.cached_tokens = 0
         """Of the prompt's beginning, probably in the cache of the worker that was chosen."""
@@ -34,6 +40,17 @@ class Demand:
     def work(self, cached_tokens: int = 0) -> int:
         """What it costs a worker that has the prompt's first tokens in its cache, in tokens of a prompt."""
         return max(0, self.prompt_tokens - cached_tokens) + ANSWER_WORTH * self.answer_tokens
+
+    def cached_by(self, prefixes: Prefixes) -> int:
+        """Tokens of the prompt that a worker which was sent these probably has in its cache."""
+        if self.session and prefixes.matched((self.session,)):
+            # What came before in its session is most of a prompt.
+            return self.prompt_tokens
+        return prefixes.matched(self.blocks) * BLOCK_TOKENS
+
+    def note_sent(self, prefixes: Prefixes) -> None:
+        """It goes to the worker that was sent these."""
+        prefixes.note((*self.blocks, self.session) if self.session else self.blocks)
 
     @property
     def blocks(self) -> tuple[int, ...]:

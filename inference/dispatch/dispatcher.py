@@ -8,18 +8,21 @@ import random
 import time
 
 from inference.dispatch.demand import Demand
+from inference.dispatch.explanations import EXPLAINED, Candidate, Choice
 from inference.dispatch.fleet import Fleet
 from inference.dispatch.leases import Lease, Tally
 from inference.dispatch.poison import Poison
 from inference.dispatch.policies import policy_named
-from inference.dispatch.queue import Queue, Waiter, Wish
+from inference.dispatch.queue import LONGEST_RETRY_SECONDS, Queue, Waiter, Wish
 from inference.dispatch.retries import RetryBudget
 from inference.dispatch.views import DeploymentView, RouteView
-from inference.errors import NoCapacity
+from inference.errors import NoCapacity, NoWorker
 
 logger = logging.getLogger("roundhouse.dispatch")
 
 NO_WISH = Wish()
+TELL_SECONDS = 1.0
+"""Who wants to know hears so often how far it is in the queue."""
 
 
 class Dispatcher:
@@ -28,6 +31,8 @@ class Dispatcher:
     def __init__(self, fleet: Fleet) -> None:
         self.retries = RetryBudget()
         self.poison = Poison()
+        self.refused = dict.fromkeys(("no_worker", "full", "deadline"), 0)
+        """Requests that got no worker, by reason."""
         self._fleet = fleet
         self._queues: dict[int, Queue] = {}
         fleet.on_refresh(self._serve_all)
@@ -35,10 +40,11 @@ class Dispatcher:
     async def acquire(self, route: RouteView, wish: Wish = NO_WISH) -> Lease:
         """A lease on a worker of this route; the caller releases it in a `finally`.
 
-        A deployment is drawn by weight among those with a free worker, then a worker by its policy.
-        When all are saturated the request waits for the first that is freed, in the order of `Queue`.
-        Raises NoCapacity when no live worker could ever take it, when the queues are full, or at the
-        deadline.
+        A deployment is drawn by weight among those of the lowest rank that has a free worker, then a worker
+        by its policy. When all are saturated the request waits for the first that is freed, in the order of
+        `Queue`. So it does while there is no worker but one is about to be, such as a replacement. Raises
+        NoCapacity when no live worker could ever take it (NoWorker where none will come), when the queues are
+        full, or at the deadline.
         """
         if not wish.avoid:
             self.retries.note_request()
@@ -50,6 +56,11 @@ class Dispatcher:
         queue = self._queues.get(deployment_id)
         return 0 if queue is None else len(queue)
 
+    def waiting_work(self, deployment_id: int) -> int:
+        """What they ask for, as `Demand.work` counts."""
+        queue = self._queues.get(deployment_id)
+        return 0 if queue is None else queue.work
+
     # -- without waiting
 
     def _take(self, route: RouteView, wish: Wish) -> Lease | None:
@@ -58,19 +69,25 @@ class Dispatcher:
             deployment = self._fleet.current(targets[0][0])
             free = self._free(deployment, wish)
             return self._lease(deployment, free, wish.demand, 0.0) if free else None
-        choices: list[tuple[DeploymentView, list[Tally], int]] = []
-        total = 0
-        for target, weight in targets:
-            deployment = self._fleet.current(target)
-            free = self._free(deployment, wish)
-            if free:
-                choices.append((deployment, free, weight))
-                total += weight
-        drawn = random.random() * total  # noqa: S311 - spreads load, hides nothing
-        for deployment, free, weight in choices:
-            drawn -= weight
-            if drawn < 0:
-                return self._lease(deployment, free, wish.demand, 0.0)
+        ranks = route.ranks or (0,) * len(targets)
+        order = sorted(set(ranks))
+        if wish.last_try:
+            order = [*order[1:], order[0]]
+        for rank in order:
+            choices: list[tuple[DeploymentView, list[Tally], int]] = []
+            total = 0
+            for (target, weight), its in zip(targets, ranks, strict=True):
+                if its == rank:
+                    deployment = self._fleet.current(target)
+                    free = self._free(deployment, wish)
+                    if free:
+                        choices.append((deployment, free, weight))
+                        total += weight
+            drawn = random.random() * total  # noqa: S311 - spreads load, hides nothing
+            for deployment, free, weight in choices:
+                drawn -= weight
+                if drawn < 0:
+                    return self._lease(deployment, free, wish.demand, 0.0)
         return None
 
     def _free(self, deployment: DeploymentView, wish: Wish) -> list[Tally]:
@@ -94,32 +111,57 @@ class Dispatcher:
         else:
             # Also where one alone is free: a policy remembers where it sent what.
             tally = policy_named(deployment.policy)(free, demand, random.random)
-        return Lease(tally, demand.work(demand.cached_tokens), queue_seconds, self._serve)
+        choice = Choice(
+            deployment.name,
+            deployment.policy,
+            [Candidate(one.worker.name, one.load, one.work, one.speed) for one in free[:EXPLAINED]],
+            tally.worker.name,
+            demand.cached_tokens,
+        )
+        return Lease(tally, demand.work(demand.cached_tokens), queue_seconds, choice, self._serve)
 
     # -- with waiting
 
     async def _wait(self, route: RouteView, wish: Wish) -> Lease:
-        usable = [
-            deployment
-            for deployment in (self._fleet.current(target) for target, _ in route.targets)
-            if self._could_serve(deployment, wish)
-        ]
+        targets = [self._fleet.current(target) for target, _ in route.targets]
+        usable = [one for one in targets if self._could_serve(one, wish)]
+        if not usable and not wish.avoid:
+            # One whose worker failed it is not kept waiting: its client may have waited for long already.
+            usable = [one for one in targets if _starts_within(one, _patience(route, one))]
         if not usable:
+            self.refused["no_worker"] += 1
             retry = 1.0 + 2.0 * random.random()  # noqa: S311 - spreads retries, hides nothing
-            raise NoCapacity(retry, f"No live worker of {route.name} can take the request.")
-        open_to = [one for one in usable if self.waiting(one.id) < one.queue_limit]
+            if any(one.workers for one in targets):
+                raise NoCapacity(retry, f"No live worker of {route.name} can take the request.")
+            later = min((one.starts_in for one in targets if one.starts_in), default=0.0)
+            raise NoWorker(
+                min(max(retry, later), LONGEST_RETRY_SECONDS),
+                f"No worker serves the model `{route.name}` now, and none is about to. "
+                "Please try again later.",
+            )
+        waiter = Waiter(wish)
+        open_to = [one for one in usable if self._has_room(one, waiter)]
         if not open_to:
+            self.refused["full"] += 1
             soonest = min(self._queues[one.id].retry_after() for one in usable)
             raise NoCapacity(soonest, f"The queue of {route.name} is full.")
-        waiter = Waiter(wish)
         for deployment in open_to:
-            queue = self._queues.setdefault(deployment.id, Queue())
+            queue = self._queues[deployment.id]
             queue.add(waiter)
             waiter.queues.append(queue)
-        longest = max(deployment.queue_seconds for deployment in open_to)
+        longest = max(_patience(route, deployment) for deployment in open_to)
         deadline = asyncio.get_running_loop().call_later(longest, waiter.expire)
         try:
-            return await waiter.future
+            if wish.told is None:
+                return await waiter.future
+            while True:
+                waiter.tell()
+                done, _ = await asyncio.wait([waiter.future], timeout=TELL_SECONDS)
+                if done:
+                    return waiter.future.result()
+        except NoCapacity:
+            self.refused["full" if waiter.sent_away else "deadline"] += 1
+            raise
         except asyncio.CancelledError:
             # The lease may have been granted in the same moment: nobody else would give it back.
             future = waiter.future
@@ -129,6 +171,13 @@ class Dispatcher:
         finally:
             deadline.cancel()
             waiter.leave()
+
+    def _has_room(self, deployment: DeploymentView, waiter: Waiter) -> bool:
+        queue = self._queues.setdefault(deployment.id, Queue())
+        if len(queue) >= deployment.queue_limit and not queue.make_room(waiter.wish):
+            return False
+        most = deployment.queue_tokens
+        return most is None or not queue or queue.work + waiter.work <= most
 
     def _could_serve(self, deployment: DeploymentView, wish: Wish, *, trusted: bool = False) -> bool:
         tallies = self._fleet.tallies
@@ -167,3 +216,11 @@ class Dispatcher:
             elif not wish.avoid and not wish.needs:
                 # Nothing is free for anybody. (One that is choosy does not hold up those behind it.)
                 return
+
+
+def _patience(route: RouteView, deployment: DeploymentView) -> float:
+    return route.timeouts.queue or deployment.queue_seconds
+
+
+def _starts_within(deployment: DeploymentView, seconds: float) -> bool:
+    return deployment.starts_in is not None and deployment.starts_in <= seconds

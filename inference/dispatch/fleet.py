@@ -18,10 +18,13 @@ from django.db import models
 from django.db.models.functions import Now
 
 from inference.dispatch.leases import Tally
-from inference.dispatch.views import DeploymentView, RouteView, WorkerView
+from inference.dispatch.views import DeploymentView, RouteView, Timeouts, WorkerView
 from inference.protocol import BeatOrder, Load
+from inference.reconcile import next_start, read_facts, read_wishes
+from registry.adapters import adapters_of
 from registry.keys import worker_secret
 from registry.models import Change, Deployment, Route, RouteTarget, Worker
+from registry.querysets import database_now
 from registry.states import WORKER_LIVE, WORKER_TERMINAL, WorkerState
 from registry.threads import read_from_database
 
@@ -54,10 +57,15 @@ class _WorkerRow:
 class _Structure:
     deployments: dict[int, DeploymentView]
     """Without workers."""
-    routes: dict[str, list[tuple[int, int]]]
-    """Deployment ids and weights."""
-    breaking: frozenset[str] = frozenset()
-    """Routes whose streams end with their worker."""
+    routes: dict[str, _Route]
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    continues: bool
+    timeouts: Timeouts
+    targets: list[tuple[int, int, int]]
+    """Deployment id, weight and rank of each, the lowest rank first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +73,8 @@ class _Reading:
     changes: list[tuple[int, str, str]]
     structure: _Structure | None
     workers: list[_WorkerRow]
+    starts_in: dict[int, float]
+    """For deployments that have no worker, or will have none: see `DeploymentView`."""
 
 
 class Fleet:
@@ -141,6 +151,11 @@ class Fleet:
         found = self._deployments.get(deployment.id)
         return found if found is not None else replace(deployment, workers=())
 
+    def is_gone(self, worker_id: int) -> bool:
+        """It was silent for so long that it counts as lost, or it has ended."""
+        known = self._live.get(worker_id)
+        return worker_id in self._ended if known is None else known[1] == WorkerState.LOST
+
     def order(self, worker_id: int, epoch: int) -> BeatOrder:
         """What to answer a worker's beat. EXIT only when the database has said that this epoch is over:
         a worker that no snapshot has yet goes on, and the next poll asks for it."""
@@ -209,7 +224,9 @@ class Fleet:
         due = time.monotonic() - self._structure_at >= STRUCTURE_SECONDS
         try:
             began = time.monotonic()
-            reading = await read_from_database(_read, unknown, self._seen_changes, with_structure=due)
+            reading = await read_from_database(
+                _read, unknown, self._seen_changes, self._structure, with_structure=due
+            )
             self._apply(reading, unknown, began)
         except Exception as error:
             if not self._away:
@@ -251,7 +268,7 @@ class Fleet:
                 ready.setdefault(view.deployment_id, []).append(view)
         self._note_ended((before.keys() | unknown) - self._live.keys())
         self._unknown -= unknown
-        self._take_over(ready, now)
+        self._take_over(ready, reading.starts_in, now)
         self._age(now)
 
     def _worker_view(self, row: _WorkerRow, now: float) -> WorkerView:
@@ -267,6 +284,7 @@ class Fleet:
             deployment_id=worker.deployment_id,
             deployment_name=self._structure.deployments[worker.deployment_id].name,
             engine=self._structure.deployments[worker.deployment_id].engine,
+            revision_id=worker.revision_id,
             url=worker.url.rstrip("/"),
             secret=known.worker.secret
             if known is not None and same
@@ -280,7 +298,9 @@ class Fleet:
             reported_at=now - max(0.0, age),
         )
 
-    def _take_over(self, ready: Mapping[int, Iterable[WorkerView]], now: float) -> None:
+    def _take_over(
+        self, ready: Mapping[int, Iterable[WorkerView]], starts_in: Mapping[int, float], now: float
+    ) -> None:
         """Replace views and tallies together: every worker in a view has its tally."""
         for views in ready.values():
             for view in views:
@@ -292,17 +312,28 @@ class Fleet:
         for worker_id in self.tallies.keys() - self._live.keys():
             del self.tallies[worker_id]
         self._deployments = {
-            deployment.id: replace(deployment, workers=tuple(ready.get(deployment.id, ())))
+            deployment.id: replace(
+                deployment,
+                workers=tuple(ready.get(deployment.id, ())),
+                starts_in=starts_in.get(deployment.id),
+            )
             for deployment in self._structure.deployments.values()
         }
-        self._routes = {
+        routes = {
             name: RouteView(
                 name=name,
-                targets=tuple((self._deployments[target], weight) for target, weight in targets),
-                continues=name not in self._structure.breaking,
+                targets=tuple((self._deployments[target], weight) for target, weight, _ in route.targets),
+                ranks=tuple(rank for _, _, rank in route.targets),
+                timeouts=route.timeouts,
+                continues=route.continues,
             )
-            for name, targets in self._structure.routes.items()
+            for name, route in self._structure.routes.items()
         }
+        adapted: dict[str, RouteView] = {}
+        for route in routes.values():
+            adapted |= route.adapted()
+        # A route that an operator gave such a name goes before.
+        self._routes = adapted | routes
 
     def _note_ended(self, worker_ids: Iterable[int]) -> None:
         for worker_id in worker_ids:
@@ -342,7 +373,7 @@ def _capabilities(announced: tuple[str, ...]) -> frozenset[str]:
     return frozenset((*announced, "endpoint:chat"))
 
 
-def _read(unknown: frozenset[int], seen: set[int], *, with_structure: bool) -> _Reading:
+def _read(unknown: frozenset[int], seen: set[int], known: _Structure, *, with_structure: bool) -> _Reading:
     """In a database thread. Changes first: what they announce is then in everything read after them."""
     changes = list(
         Change.objects.filter(at__gt=Now() - timedelta(seconds=CHANGE_WINDOW_SECONDS))
@@ -351,7 +382,10 @@ def _read(unknown: frozenset[int], seen: set[int], *, with_structure: bool) -> _
     )
     fresh = any(kind in STRUCTURE_KINDS and number not in seen for number, kind, _ in changes)
     structure = _read_structure() if with_structure or fresh else None
-    return _Reading(changes, structure, _read_workers(unknown))
+    workers = _read_workers(unknown)
+    deployments = (structure or known).deployments
+    starts_in = _starts_in(deployments.values(), [row.worker for row in workers])
+    return _Reading(changes, structure, workers, starts_in)
 
 
 def _read_workers(unknown: frozenset[int]) -> list[_WorkerRow]:
@@ -363,12 +397,35 @@ def _read_workers(unknown: frozenset[int]) -> list[_WorkerRow]:
         .select_related("node", "revision")
         .only(
             "name", "epoch", "state", "url", "capabilities", "heartbeat_at", "running", "waiting", "kv_use",
-            "tokens_per_second", "deployment_id", "node__name", "revision__slots",
+            "tokens_per_second", "deployment_id", "replica", "node__name", "revision__slots",
         )
         .annotate(read_at=Now())
         .order_by("pk")
     )  # fmt: skip
     return [_WorkerRow(worker, cast(Any, worker).read_at) for worker in workers]
+
+
+def _starts_in(deployments: Iterable[DeploymentView], workers: Iterable[Worker]) -> dict[int, float]:
+    """In how many seconds a worker is started, by deployment: 0 where one is live that is not lost. Asks the
+    database only about those without one; of those that nobody wishes for, or that none is started of, it
+    tells nothing."""
+    replicas = {deployment.id: deployment.replicas for deployment in deployments}
+    found = {
+        worker.deployment_id: 0.0
+        for worker in workers
+        if worker.state not in WORKER_TERMINAL
+        and worker.state != WorkerState.LOST
+        and worker.replica < replicas.get(worker.deployment_id, 0)
+    }
+    missing = [number for number, count in replicas.items() if count and number not in found]
+    if missing:
+        wishes = read_wishes(Deployment.objects.filter(pk__in=missing))
+        facts, now = read_facts(wishes), database_now()
+        for wish in wishes:
+            at = next_start(wish, facts, now)
+            if at is not None:
+                found[wish.id] = (at - now).total_seconds()
+    return found
 
 
 def _read_structure() -> _Structure:
@@ -377,21 +434,44 @@ def _read_structure() -> _Structure:
             id=deployment.pk,
             name=deployment.name,
             engine=deployment.engine,
+            replicas=deployment.replicas,
             policy=deployment.policy,
             queue_limit=deployment.queue_limit,
             queue_seconds=float(deployment.queue_seconds),
+            queue_tokens=deployment.queue_tokens,
             context_length=deployment.language_model.context_length,
             workers=(),
+            adapters=adapters_of(deployment.engine, deployment.arguments),
         )
         for deployment in Deployment.objects.select_related("language_model").only(
-            "name", "engine", "policy", "queue_limit", "queue_seconds", "language_model__context_length"
+            "name",
+            "engine",
+            "arguments",
+            "policy",
+            "queue_limit",
+            "queue_seconds",
+            "queue_tokens",
+            "replicas",
+            "language_model__context_length",
         )
     }
     # A route without targets is known too: its requests are refused for capacity, not as unknown.
-    continues = dict(Route.objects.filter(enabled=True).values_list("name", "continues"))
-    routes: dict[str, list[tuple[int, int]]] = {name: [] for name in continues}
-    targets = RouteTarget.objects.order_by("id")
-    for name, deployment_id, weight in targets.values_list("route__name", "deployment_id", "weight"):
-        if name in routes and deployment_id in deployments:
-            routes[name].append((deployment_id, weight))
-    return _Structure(deployments, routes, frozenset(name for name in routes if not continues[name]))
+    routes = {
+        route.name: _Route(
+            route.continues,
+            Timeouts(
+                connect=route.connect_seconds,
+                queue=route.queue_seconds,
+                first_token=route.first_token_seconds,
+                idle=route.idle_seconds,
+                total=route.total_seconds,
+            ),
+            [],
+        )
+        for route in Route.objects.filter(enabled=True)
+    }
+    targets = RouteTarget.objects.order_by("rank", "id")
+    for name, *target in targets.values_list("route__name", "deployment_id", "weight", "rank"):
+        if name in routes and target[0] in deployments:
+            routes[name].targets.append((target[0], target[1], target[2]))
+    return _Structure(deployments, routes)

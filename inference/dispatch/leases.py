@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from inference.dispatch.breaker import Breaker
+from inference.dispatch.explanations import Choice
 from inference.dispatch.prefixes import Prefixes
 from inference.dispatch.views import WorkerView
 from inference.protocol import Load
@@ -41,6 +42,7 @@ class Tally:
         "_unreachable_at",
         "_work",
         "breaker",
+        "given",
         "leases",
         "others",
         "prefixes",
@@ -53,6 +55,8 @@ class Tally:
     def __init__(self, worker: WorkerView) -> None:
         self.worker = worker
         self.leases = 0
+        self.given = 0
+        """Leases since the beginning."""
         self.others = 0.0
         self.speed = worker.speed
         self.usable = True
@@ -108,6 +112,7 @@ class Tally:
 
     def take(self, work: int) -> None:
         self.leases += 1
+        self.given += 1
         self._work += work
         if self.leases > self._peak:
             self._peak = self.leases
@@ -163,10 +168,18 @@ class Tally:
 class Lease:
     """A slot held by a request. Whoever has it releases it in a `finally`."""
 
-    __slots__ = ("_freed", "_tally", "_work", "queue_seconds", "worker")
+    __slots__ = ("_freed", "_tally", "_work", "choice", "queue_seconds", "worker")
 
-    def __init__(self, tally: Tally, work: int, queue_seconds: float, freed: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        tally: Tally,
+        work: int,
+        queue_seconds: float,
+        choice: Choice,
+        freed: Callable[[int], None],
+    ) -> None:
         tally.take(work)
+        self.choice = choice
         self._work = work
         self.worker = tally.worker
         self.queue_seconds = queue_seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 
@@ -10,6 +11,14 @@ SHARE = 0.1
 """Of the requests in a window, so many may be tried again."""
 LEAST = 3
 """So many may in any case."""
+
+
+LONGEST_PAUSE_SECONDS = 0.05
+
+
+def pause() -> float:
+    """Seconds before a second try: all that a worker had when it died do not come to the next one at once."""
+    return random.uniform(0, LONGEST_PAUSE_SECONDS)  # noqa: S311 - spreads retries, hides nothing
 
 
 class RetryBudget:

@@ -16,6 +16,7 @@ _CLASSES = {
     "embedding": ("inference.engines.embedding.engine", "EmbeddingEngine"),
     "simulated": ("inference.engines.simulated", "SimulatedEngine"),
     "transformers": ("inference.engines.transformers.engine", "TransformersEngine"),
+    "upstream": ("inference.engines.upstream.engine", "UpstreamEngine"),
 }
 
 ENGINES = frozenset({*_CLASSES, "vllm"})

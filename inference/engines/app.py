@@ -30,6 +30,7 @@ from inference.engines.http import (
     Running,
     WorkerApp,
     as_refusals,
+    begin_stream,
     header,
     read_body,
     send_end,
@@ -184,7 +185,7 @@ class EngineApp(WorkerApp):
             while step is not None:
                 event = write(step)
                 if event is not None and not running.begun:
-                    await _begin_stream(running, send)
+                    await begin_stream(running, send)
                 if not totals.unfinished:
                     if event is not None:
                         await send_end(send, event)
@@ -231,19 +232,3 @@ class EngineApp(WorkerApp):
             for task in following:
                 task.cancel()
             await asyncio.gather(*following, return_exceptions=True)
-
-
-async def _begin_stream(running: Running, send: Send) -> None:
-    running.begun = True
-    await send(
-        {
-            "type": "http.response.start",
-            "status": 200,
-            "headers": [
-                (b"content-type", b"text/event-stream; charset=utf-8"),
-                (b"cache-control", b"no-cache"),
-                (b"x-accel-buffering", b"no"),
-                (b"x-request-id", running.request_id.encode("latin-1", "replace")),
-            ],
-        }
-    )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from inference.engines.tool_forms import Form
-from inference.protocol import Cause, Load, Progress
+from inference.protocol import Cause, Load, Progress, Upstream
 
 
 class EngineError(Exception):
@@ -133,8 +133,13 @@ class GenerationRequest:
     """Which of several answers to the same prompt this is."""
     top_logprobs: int | None = None
     """Tell each token's logarithmic probability, and those of so many likeliest ones; None: neither."""
+    prompt_logprobs: int | None = None
+    """How many of the likeliest tokens to tell beside each of the prompt's own; None: nothing of it."""
     token_ids: bool = False
     """Tell each token's id, and those of the prompt."""
+    begun: tuple[int, ...] = ()
+    """Tokens of the answer that were told already, by an engine that died since: go on after them. They count
+    for `sampling`, and not for the deltas' `completion_tokens`."""
     tools: Tools | None = None
     """A call is written in the text, in the engine's form; `tools.CallParser` reads it."""
     structured: Structured | None = None
@@ -190,6 +195,9 @@ class Detail:
     deltas their texts are the text."""
     prompt_token_ids: tuple[int, ...] | None = None
     """With the first delta, when `token_ids` asks for them."""
+    prompt_logprobs: list[dict[str, dict[str, Any]] | None] | None = None
+    """With the first delta, when they are asked for: of each of the prompt's tokens by id, as vLLM tells it,
+    what is said of it and of the likeliest in its place; nothing of the first one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +213,8 @@ class Delta:
     """`stop` or `length`."""
     stop: str | int | None = None
     """The stop string that ended it, or the token of `stop_token_ids`, where one did."""
+    ids: tuple[int, ...] = ()
+    """The tokens generated since the delta before, where the engine can go on after them (`begun`)."""
     detail: Detail | None = None
 
 
@@ -217,6 +227,7 @@ class EngineSpec:
     slots: int
     chat_template: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
+    upstream: Upstream | None = None
 
 
 class Model(Protocol):
@@ -236,7 +247,8 @@ class Model(Protocol):
     def load_report(self) -> Load: ...
 
     def healthy(self) -> bool:
-        """False when the engine can never answer again; the worker then ends and is replaced."""
+        """False when the engine can never answer again; the worker then ends and is replaced. One that can
+        say why raises LoadError instead."""
 
     async def close(self) -> None: ...
 

@@ -84,6 +84,9 @@ class SampledRequest(msgspec.Struct, kw_only=True):
     allowed_token_ids: _TokenIds | None = None
     structured_outputs: StructuredOutputs | None = None
     return_token_ids: bool | None = None
+    prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    continue_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=2**20)] | None = None
+    """The answer's first tokens, which were told already: it goes on after them. For gateways."""
 
     @property
     def samples(self) -> int:
@@ -174,6 +177,8 @@ def to_generations(
         sampling=sampling_of(chat, chat.max_completion_tokens or chat.max_tokens),
         top_logprobs=chat.top_logprobs or 0 if chat.logprobs else None,
         token_ids=bool(chat.return_token_ids),
+        prompt_logprobs=chat.prompt_logprobs,
+        begun=tuple(chat.continue_token_ids or ()),
         tools=tools,
         structured=structured,
         reasoning_effort=chat.reasoning_effort,
@@ -211,6 +216,8 @@ def asked_of(asked: SampledRequest) -> dict[str, object]:
         "structured_outputs": structured_of(asked),
         **of_some(asked.structured_outputs),
         "return_token_ids": asked.return_token_ids,
+        "prompt_logprobs": asked.prompt_logprobs is not None,
+        "continue_token_ids": asked.continue_token_ids,
     }
 
 

@@ -166,6 +166,10 @@ class WholeChat:
             answer["prompt_token_ids"] = next(
                 (d.detail.prompt_token_ids for d in self._deltas[0] if d.detail is not None), None
             )
+        details = [delta.detail for delta in self._deltas[0] if delta.detail is not None]
+        scored = next((detail.prompt_logprobs for detail in details if detail.prompt_logprobs), None)
+        if scored is not None:
+            answer["prompt_logprobs"] = scored
         return msgspec.json.encode(answer)
 
     def _choice(self, at: int, deltas: list[Delta]) -> dict[str, Any]:

@@ -83,6 +83,8 @@ def to_generations(
             sampling=sampling,
             top_logprobs=asked.logprobs,
             token_ids=bool(asked.return_token_ids),
+            prompt_logprobs=asked.prompt_logprobs,
+            begun=tuple(asked.continue_token_ids or ()),
             structured=structured,
         )
         wanted += samples_of(one, asked.samples)
@@ -187,6 +189,9 @@ class WholeTexts:
             choice["stop_reason"] = deltas[-1].stop
         if self._logprobs:
             choice["logprobs"] = of_text([token for _, detail in told for token in detail.tokens], 0)
+        scored = next((detail.prompt_logprobs for _, detail in told if detail.prompt_logprobs), None)
+        if scored is not None:
+            choice["prompt_logprobs"] = scored
         if self._token_ids:
             choice["token_ids"] = [id_ for delta, detail in told for id_ in _ids_of(delta, detail)]
             choice["prompt_token_ids"] = next(

@@ -249,6 +249,23 @@ async def send_whole(send: Send, status: int, body: bytes, request_id: str) -> N
     await send({"type": "http.response.body", "body": body})
 
 
+async def begin_stream(running: Running, send: Send) -> None:
+    """The status line and headers of a stream of events."""
+    running.begun = True
+    await send(
+        {
+            "type": "http.response.start",
+            "status": 200,
+            "headers": [
+                (b"content-type", b"text/event-stream; charset=utf-8"),
+                (b"cache-control", b"no-cache"),
+                (b"x-accel-buffering", b"no"),
+                (b"x-request-id", running.request_id.encode("latin-1", "replace")),
+            ],
+        }
+    )
+
+
 async def send_end(send: Send, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": False})
 

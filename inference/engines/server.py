@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -103,6 +104,7 @@ async def _run(spec: EngineProcessSpec, listener: socket.socket, control_fd: int
                 slots=spec.slots,
                 chat_template=spec.chat_template,
                 arguments=spec.arguments,
+                upstream=spec.upstream,
             ),
         )
         return await _serve(engine, spec, listener, control)
@@ -120,6 +122,11 @@ def _app_for(engine: Model, spec: EngineProcessSpec) -> WorkerApp:
         from inference.engines.embedding.engine import EmbeddingEngine
 
         return EmbeddingApp(cast(EmbeddingEngine, engine), slots=spec.slots, served_name=spec.served_name)
+    if spec.engine == "upstream":
+        from inference.engines.upstream.app import UpstreamApp
+        from inference.engines.upstream.engine import UpstreamEngine
+
+        return UpstreamApp(cast(UpstreamEngine, engine), slots=spec.slots, served_name=spec.served_name)
     from inference.engines.app import EngineApp
 
     return EngineApp(cast(Engine, engine), slots=spec.slots, served_name=spec.served_name)
@@ -182,6 +189,9 @@ async def _load_and_watch(
         loop.call_soon_threadsafe(control.tell, EngineProgress(progress=step))
 
     await engine.load(progress)
+    # What loading made stays: to walk through all of it for garbage holds every answer up for a while.
+    gc.collect()
+    gc.freeze()
     app.ready = True
     logger.info("event=ready context_length=%d", engine.context_length)
     control.tell(EngineReady(capabilities=sorted(engine.capabilities), context_length=engine.context_length))
@@ -221,6 +231,10 @@ def main() -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     spec = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineProcessSpec)
     listener = socket.socket(fileno=options.fd)
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+        # A gateway that does not read, since its client does not, soon holds the answer up: the kernel would
+        # keep some megabytes of each.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 64 * 1024)
     with asyncio.Runner(loop_factory=_event_loop()) as runner:
         try:
             code = runner.run(_run(spec, listener, options.control))

@@ -38,6 +38,7 @@ given first:
     !sick [N]     the engine fails this request and can never answer again
     !think [N]    N tokens of reasoning before the answer, 8
     !tool NAME    call this tool
+    !say WORD     an answer of this word alone, again and again
     !garbage      an answer of text that breaks careless relays: framing, quotes, controls, markup
 
 For example `!tokens 40 !slow 0.2 !crash 10`. Words that are no command are ignored.
@@ -134,6 +135,7 @@ class _Script:
     garbage: bool = False
     think: int | None = None
     tool: str | None = None
+    say: str | None = None
     fault: str | None = None
     fault_at: int = 0
 
@@ -287,6 +289,10 @@ class SimulatedEngine:
     ) -> tuple[Iterator[str], int]:
         """The answer, going on for ever, and how many tokens it has when nothing else ends it."""
         formed = formed_text(request, script.tool)
+        if script.say is not None and formed is None:
+            return itertools.chain([script.say], itertools.repeat(f" {script.say}")), (
+                script.tokens or self._arguments.tokens
+            )
         if script.garbage and formed is None:
             return itertools.cycle(_GARBAGE), script.tokens or len(_GARBAGE)
         given = split((self._arguments.text or "").rstrip() if formed is None else formed)
@@ -372,8 +378,8 @@ def _read_script(messages: list[dict[str, Any]]) -> _Script:
             found["garbage"] = True
         elif name == "think":
             found["think"] = 8 if value is None else int(value)
-        elif name == "tool":
-            found["tool"] = words[at + 1] if at + 1 < len(words) else None
+        elif name in ("tool", "say"):
+            found[name] = words[at + 1] if at + 1 < len(words) else None
         elif name in _COUNTED:
             found.update(fault=name, fault_at=int(value or 0))
     return _Script(**found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from inference.engines.base import Delta
 
 
@@ -16,6 +18,8 @@ class Totals:
         self.completion_tokens = 0
         self.cached_tokens = 0
         self.reasoning_tokens = 0
+        self._ids: list[int] = []
+        """Tokens that no chunk has told yet."""
         self.unfinished = prompts * samples
         self._alone = self.unfinished == 1
         self._samples = samples
@@ -29,6 +33,7 @@ class Totals:
             self.prompt_tokens = delta.prompt_tokens
             self.completion_tokens = delta.completion_tokens
             self.cached_tokens = delta.cached_tokens
+            self._ids += delta.ids
             if detail is not None:
                 self.reasoning_tokens = detail.reasoning_tokens
         else:
@@ -73,9 +78,15 @@ class Totals:
         }
 
     def tail(self) -> bytes:
-        """The end of a chunk with the usage so far."""
-        return b',"usage":{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}}\n\n' % (
+        """The end of a chunk with the usage so far, and with the tokens that are new: who has them all can
+        ask another worker to go on after them."""
+        ids = b""
+        if self._ids:
+            ids = b',"token_ids":' + msgspec.json.encode(self._ids)
+            self._ids.clear()
+        return b',"usage":{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d%b}}\n\n' % (
             self.prompt_tokens,
             self.completion_tokens,
             self.prompt_tokens + self.completion_tokens,
+            ids,
         )

@@ -113,13 +113,22 @@ class Slot:
 
     def publish(self, made: Path, workspace: Path, *, source: str, sha256: str) -> Manifest:
         """Write the manifest into `made` and make it the slot's copy. Call with the lock held."""
-        manifest = Manifest(format=FORMAT, key=self.key, source=source, sha256=sha256, files=_facts(made))
-        (made / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+        manifest = write_manifest(made, key=self.key, source=source, sha256=sha256)
         made.chmod(0o755)
         if self.path.exists():
             os.replace(self.path, workspace / "replaced")
         os.replace(made, self.path)
         return manifest
+
+    def delete(self) -> int:
+        """Remove the copy, and a download that was interrupted; the bytes of the copy. Call with the lock
+        held. Processes that mapped its files keep them."""
+        manifest = read_manifest(self.path)
+        with self.workspace() as workspace:
+            for place, name in ((self.path, "copy"), (self.partial, "download")):
+                if place.exists():
+                    os.replace(place, workspace / name)
+        return manifest.size_bytes if manifest is not None else 0
 
     def _sweep(self) -> None:
         """Remove what killed preparations left: work of ours, and of others whose lock is free."""
@@ -134,6 +143,13 @@ class Slot:
                 except BlockingIOError:
                     continue
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_manifest(folder: Path, *, key: str, source: str, sha256: str) -> Manifest:
+    """Hash every file of the folder and keep the digests in it."""
+    manifest = Manifest(format=FORMAT, key=key, source=source, sha256=sha256, files=_facts(folder))
+    (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+    return manifest
 
 
 def verify(path: Path) -> list[str]:

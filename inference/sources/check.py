@@ -6,17 +6,17 @@ missing and cut-off files; a flipped byte inside the weights is found by `cache.
 
 from __future__ import annotations
 
-import math
 import re
-import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 
 from inference.protocol import Cause
+from inference.sources.headers import Gguf, read_gguf, read_gguf_counts, read_safetensors
+from inference.sources.headers import missing as missing
+from inference.sources.headers import short as short
 from inference.sources.source import SourceError
 
 CODE_FORMATS = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"})
@@ -30,22 +30,7 @@ TOKENIZER_FILES = frozenset(
     | {"vocab.json", "vocab.txt"}
 )
 
-_LARGEST_HEADER = 100 * 1024 * 1024
-_LARGEST_COUNT = 1_000_000
 _LARGEST_JSON = 256 * 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GgufHeader:
-    """What the start of a GGUF file says."""
-
-    tensors: int
-    elements: int
-    """Of all tensors together: two bytes each once converted."""
-
-
-def missing(detail: str) -> SourceError:
-    return SourceError(Cause.MISSING_FILE, detail)
 
 
 def check_folder(folder: Path) -> Path | None:
@@ -89,15 +74,41 @@ def check_folder(folder: Path) -> Path | None:
     return None
 
 
+_SETTINGS = frozenset(
+    {"config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json"}
+    | {"preprocessor_config.json", "video_preprocessor_config.json", "image_processor_config.json"}
+)
+"""Files that transformers looks into for the names of classes to import."""
+
+_NAMES_CODE = frozenset({"auto_map", "model_file"})
+_KERNELS = frozenset({"attn_implementation", "_attn_implementation", "_attn_implementation_internal"})
+"""They may name a repository, whose code is then fetched and run."""
+
+
 def refuse_code(folder: Path, names: Iterable[str]) -> None:
-    """Refuse a model that says, or shows, that it comes with Python code of its own."""
+    """Refuse a model that says, or shows, that it comes with code of its own, or wants some of others."""
     for name in sorted(names):
         if Path(name).suffix.lower() in {".py", ".pyc", ".so"}:
             raise SourceError(
                 Cause.UNSAFE_FORMAT, f"The model needs remote code: its folder holds {short(name)}."
             )
-        if name in {"config.json", "tokenizer_config.json"} and "auto_map" in read_object(folder / name):
-            raise SourceError(Cause.UNSAFE_FORMAT, f"The model needs remote code: auto_map is set in {name}.")
+        if name in _SETTINGS and (key := _key_of_code(read_object(folder / name))):
+            raise SourceError(Cause.UNSAFE_FORMAT, f"The model needs remote code: {key} is set in {name}.")
+
+
+def _key_of_code(settings: dict[str, Any]) -> str:
+    """The first key, at whatever depth, that names code; "" for none."""
+    within: list[Any] = [settings]
+    while within:
+        one = within.pop()
+        if isinstance(one, list):
+            within += one
+        elif isinstance(one, dict):
+            for key, value in one.items():
+                if key in _NAMES_CODE or (key in _KERNELS and "/" in str(value)):
+                    return str(key)
+            within += one.values()
+    return ""
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -106,7 +117,7 @@ def read_object(path: Path) -> dict[str, Any]:
         if path.stat().st_size > _LARGEST_JSON:
             raise missing(f"{path.name} is damaged: it is larger than any such file.")
         value = msgspec.json.decode(path.read_bytes())
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise missing(f"{path.name} is damaged: it is not JSON.") from None
     except OSError:
         raise missing(f"{path.name} cannot be read.") from None
@@ -117,38 +128,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def check_safetensors(path: Path) -> frozenset[str]:
     """Check one file's header against its size and return the names of its tensors."""
-    damaged = f"{short(path.name)} is damaged"
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            if len(start) < 8:
-                raise missing(f"{damaged}: it is too short.")
-            (length,) = struct.unpack("<Q", start)
-            if not 2 <= length <= min(_LARGEST_HEADER, size - 8):
-                raise missing(f"{damaged}: its header does not fit the file.")
-            header = msgspec.json.decode(file.read(length))
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        raise missing(f"{damaged}: its header is not JSON.") from None
-    except OSError:
-        raise missing(f"{short(path.name)} cannot be read.") from None
-    if not isinstance(header, dict):
-        raise missing(f"{damaged}: its header is not a JSON object.")
-    header.pop("__metadata__", None)
-    end_of_data = 0
-    for tensor in header.values():
-        match tensor:
-            case {"dtype": str(), "shape": list(), "data_offsets": [int(begin), int(end)]}:
-                if not 0 <= begin <= end:
-                    raise missing(f"{damaged}: a tensor has impossible offsets.")
-                end_of_data = max(end_of_data, end)
-            case _:
-                raise missing(f"{damaged}: a tensor has no offsets.")
-    if not header:
-        raise missing(f"{damaged}: it holds no tensors.")
-    if end_of_data != size - 8 - length:
-        raise missing(f"{damaged}: it should have {8 + length + end_of_data} bytes and has {size}.")
-    return frozenset(header)
+    return frozenset(tensor.name for tensor in read_safetensors(path))
 
 
 def _check_shards(folder: Path) -> None:
@@ -170,103 +150,17 @@ def _check_shards(folder: Path) -> None:
 
 def check_gguf_start(path: Path) -> None:
     """Check magic, version and counts only: fit for every start."""
-    try:
-        with path.open("rb") as file:
-            _read_gguf_counts(path.name, file)
-    except OSError:
-        raise missing(f"{short(path.name)} cannot be read.") from None
+    read_gguf_counts(path)
 
 
-def check_gguf(path: Path) -> GgufHeader:
-    """Read the whole header (some 50 ms) and check that all tensors lie within the file."""
-    damaged = missing(f"{short(path.name)} is damaged: it ends too early.")
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            tensors, pairs = _read_gguf_counts(path.name, file)
-            alignment = 32
-            for _ in range(pairs):
-                key = _read_string(file, size)
-                kind = _unpack(file, "<I")
-                if key == b"general.alignment" and kind == _UINT32:
-                    alignment = _unpack(file, "<I")
-                else:
-                    _skip_value(file, kind, size)
-            elements = last = 0
-            for _ in range(tensors):
-                _read_string(file, size)
-                dimensions = _unpack(file, "<I")
-                if dimensions > 8:
-                    raise missing(f"{short(path.name)} is damaged: a tensor has {dimensions} dimensions.")
-                shape = [_unpack(file, "<Q") for _ in range(dimensions)]
-                elements += math.prod(shape)
-                kind, offset = _unpack(file, "<I"), _unpack(file, "<Q")
-                last = max(last, offset + _tensor_bytes(kind, math.prod(shape)))
-            start_of_data = -(-file.tell() // max(alignment, 1)) * max(alignment, 1)
-    except (struct.error, ValueError):
-        raise damaged from None
-    except OSError:
-        raise missing(f"{short(path.name)} cannot be read.") from None
-    if start_of_data + last > size:
-        raise damaged
-    return GgufHeader(tensors=tensors, elements=elements)
-
-
-# GGUF's value types: width in bytes of the plain ones, then the two that have a length.
-_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_UINT32, _STRING, _ARRAY = 4, 8, 9
-
-
-def _read_gguf_counts(name: str, file: IO[bytes]) -> tuple[int, int]:
-    start = file.read(24)
-    if len(start) < 24 or start[:4] != b"GGUF":
-        raise missing(f"{short(name)} is damaged: it does not start as a GGUF file.")
-    version, tensors, pairs = struct.unpack("<IQQ", start[4:])
-    if version not in (2, 3):
-        raise missing(f"{short(name)} is of a GGUF version that is not known here, or damaged.")
-    if not 0 < tensors <= _LARGEST_COUNT or not 0 < pairs <= _LARGEST_COUNT:
-        raise missing(f"{short(name)} is damaged: its counts are impossible.")
-    return tensors, pairs
-
-
-def _unpack(file: IO[bytes], form: str) -> int:
-    (value,) = struct.unpack(form, file.read(struct.calcsize(form)))
-    return int(value)
-
-
-def _read_string(file: IO[bytes], size: int) -> bytes:
-    length = _unpack(file, "<Q")
-    if length > size:
-        raise ValueError("a string longer than the file")
-    return file.read(length)
-
-
-def _skip_value(file: IO[bytes], kind: int, size: int, depth: int = 0) -> None:
-    if kind in _WIDTHS:
-        file.seek(_WIDTHS[kind], 1)
-    elif kind == _STRING:
-        _read_string(file, size)
-    elif kind == _ARRAY and depth < 4:
-        inner, count = _unpack(file, "<I"), _unpack(file, "<Q")
-        if count > size:
-            raise ValueError("an array longer than the file")
-        if inner in _WIDTHS:
-            file.seek(_WIDTHS[inner] * count, 1)
-        else:
-            for _ in range(count):
-                _skip_value(file, inner, size, depth + 1)
-    else:
-        raise ValueError("an unknown value type")
-
-
-def _tensor_bytes(kind: int, elements: int) -> int:
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType  # numpy: only when converting
-
-    block, width = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-    return int(elements // block * width)
-
-
-def short(name: str) -> str:
-    """A file name fit for a sentence."""
-    printable = "".join(char if char.isprintable() else "?" for char in name)
-    return printable if len(printable) <= 80 else f"{printable[:77]}..."
+def check_gguf(path: Path) -> Gguf:
+    """Read the whole header (some 50 ms): all tensors must lie within the file, and be of types that can
+    be converted."""
+    header = read_gguf(path)
+    if header.undecodable:
+        raise SourceError(
+            Cause.BAD_ARGUMENT,
+            f"This GGUF model cannot be converted: tensors of type {', '.join(header.undecodable)} cannot be "
+            "read here. Use one in another quantisation.",
+        )
+    return header

@@ -1,6 +1,7 @@
-"""GGUF to bf16 safetensors: `python -m inference.sources.convert MODEL.gguf FOLDER`.
+"""GGUF to bf16 safetensors: `python -m inference.sources.convert MODEL.gguf FOLDER WEIGHTS`.
 
-A process of its own, so that its memory returns and its crash is only a cause. Prints one JSON
+A process of its own, so that its memory returns and its crash is only a cause; held to what so many weights
+as the checked header tells may need. Prints one JSON
 `Step` or `Failed` per line; the folder is whole when it exits 0.
 
 Transformers reads the GGUF; three things are added:
@@ -22,6 +23,7 @@ from typing import Any
 
 import msgspec
 
+from inference.bounds import hold_conversion
 from inference.protocol import Cause
 from inference.sources.progress import Failed, Line, Step
 
@@ -128,7 +130,7 @@ def failure(error: Exception, source: Path, folder: Path) -> Failed:
         text = text.replace(str(path), path.name)
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return Failed(cause=Cause.OUT_OF_MEMORY, detail="Memory ran out while the model was converted.")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return Failed(cause=Cause.DISK, detail="The disk became full while the model was converted.")
     if "not supported" in text or isinstance(error, NotImplementedError):
         return Failed(cause=Cause.BAD_ARGUMENT, detail=f"This GGUF model cannot be converted: {text[:200]}")
@@ -137,6 +139,7 @@ def failure(error: Exception, source: Path, folder: Path) -> Failed:
 
 def main(arguments: list[str]) -> int:
     source, folder = Path(arguments[0]), Path(arguments[1])
+    hold_conversion(int(arguments[2]))
     try:
         convert(source, folder, say)
     except Exception as error:

@@ -9,18 +9,22 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from inference.protocol import Cause
-from inference.sources.cache import cause_of, require_space
+from inference.protocol import Cause, CopyPhase, Progress
+from inference.sources.cache import cause_of, require_space, write_manifest
 from inference.sources.check import check_folder
 from inference.sources.package import is_wanted
+from inference.sources.progress import Reporter
 from inference.sources.source import SourceError
 
+_CHUNK = 4 * 1024 * 1024
 
-def copy_folder(folder: Path, cache: Path, name: str, tell: Callable[[str], None]) -> Path:
+
+def copy_folder(folder: Path, cache: Path, name: str, tell: Callable[[Progress], None]) -> Path:
     """Copy the model in `folder` to `<cache>/imported/<name>` and return that folder, whole or not at all.
 
     Weights, tokenizer, configuration and licence are copied, nothing else; links are not followed
-    below the folder. Raises SourceError, also when something of that name is there already.
+    below the folder. Their digests are kept beside them, for `cache.verify`. Tells at most five times a
+    second how far it is. Raises SourceError, also when something of that name is there already.
     """
     check_folder(folder)
     target = cache / "imported" / re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".")
@@ -37,16 +41,25 @@ def copy_folder(folder: Path, cache: Path, name: str, tell: Callable[[str], None
     ]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        require_space(target.parent, sum(file.stat().st_size for file in files))
+        total = sum(file.stat().st_size for file in files)
+        require_space(target.parent, total)
+        reporter = Reporter(lambda report: tell(report.progress) if report.progress else None, 0)
         workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
-            for file in files:
-                tell(f"copying {file.relative_to(folder)}")
+            done = 0
+            for number, file in enumerate(files):
                 place = workspace / file.relative_to(folder)
                 place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, place)
-            if check_folder(workspace) is None:
-                tell("checked")
+                with file.open("rb") as original, place.open("wb") as copy:
+                    while chunk := original.read(_CHUNK):
+                        copy.write(chunk)
+                        done += len(chunk)
+                        reporter.progress(
+                            CopyPhase.FETCHING, "copy", done, total, files_done=number, files_total=len(files)
+                        )
+            reporter.progress(CopyPhase.FETCHING, "checksum")
+            write_manifest(workspace, key="", source=str(folder), sha256="")
+            check_folder(workspace)
             workspace.chmod(0o755)
             os.replace(workspace, target)
         finally:

@@ -13,6 +13,7 @@ import hashlib
 import http.client
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ TRIES = 5
 FIRST_PAUSE_SECONDS = 0.5
 """Between two attempts; doubled each time."""
 TIMEOUT_SECONDS = 30.0
+LOOK_SECONDS = 5.0
+"""Longest silence of a hub that is only asked about a model."""
 LARGEST_LISTING = 64 * 1024 * 1024
 LARGEST_SMALL_FILE = 256 * 1024 * 1024
 _CHUNK = 1024 * 1024
@@ -153,7 +156,9 @@ class Client:
         ):
             self._opener.add_handler(handler)
 
-    def open(self, path: str, *, offset: int = 0) -> http.client.HTTPResponse:
+    def open(
+        self, path: str, *, offset: int = 0, timeout: float = TIMEOUT_SECONDS
+    ) -> http.client.HTTPResponse:
         """The answer from byte `offset` on. Raises HTTPError for a refusal, _Broken for a failure."""
         asked = request.Request(self._endpoint + path, headers={"User-Agent": "roundhouse"})  # noqa: S310
         asked.add_header("Accept-Encoding", "identity")
@@ -162,7 +167,7 @@ class Client:
         if self._token:
             asked.add_unredirected_header("Authorization", f"Bearer {self._token}")
         try:
-            response = self._opener.open(asked, timeout=TIMEOUT_SECONDS)
+            response = self._opener.open(asked, timeout=timeout)
         except HTTPError as error:
             error.close()
             if error.code == 429 or error.code >= 500:
@@ -214,8 +219,74 @@ def fetch(source: HubSource, folder: Path, reporter: Reporter) -> Path:
     return folder
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What a hub tells of a model before anything of it is fetched."""
+
+    size_bytes: int
+    """Of the weights."""
+    config: dict[str, Any] | None
+    """Its config.json, where it has one."""
+    has_chat_template: bool
+    licence: str
+    """As the model's page names it; empty where it does not."""
+
+
+def look(source: HubSource) -> Look:
+    """Ask the hub about a model, once and for a few seconds at most: a person waits for it.
+
+    Raises SourceError, also for a model that `fetch` would refuse by its list of files.
+    """
+    hub, client = client_of(source)
+
+    def get(path: str) -> bytes:
+        try:
+            return _read_all(client.open(path, timeout=LOOK_SECONDS))
+        except HTTPError as error:
+            raise _refusal(client, source, error.code) from error
+        except _Broken as error:
+            raise SourceError(Cause.FETCH, f"{client.host} cannot be used: {error}.") from error
+
+    text = get(hub.listing_url(source))
+    files = {file.name: file for file in _files_in(hub, client, source, text)}
+    # What `refuse_code` reads, and how the weights are split; not the vocabulary, which is large.
+    small = [name for name in files if _is_small(name) and (name.endswith("config.json") or name == INDEX)]
+    with tempfile.TemporaryDirectory(prefix="roundhouse-look-") as place:
+        folder = Path(place)
+        for name in small:
+            if files[name].size <= LARGEST_SMALL_FILE:
+                (folder / name).write_bytes(get(hub.file_url(source, name)))
+        refuse_code(folder, [name for name in files if _is_small(name)])
+        weights = _weights(source, files, folder)
+        config, tokenizer = (
+            read_object(folder / name) if name in small else None
+            for name in ("config.json", "tokenizer_config.json")
+        )
+    return Look(
+        size_bytes=sum(file.size for file in weights),
+        config=config,
+        has_chat_template="chat_template.jinja" in files
+        or "chat_template.json" in files
+        or bool((tokenizer or {}).get("chat_template")),
+        licence=_licence_in(text),
+    )
+
+
+def _licence_in(listing: bytes) -> str:
+    try:
+        about = msgspec.json.decode(listing).get("cardData") or {}
+        licence = about.get("license_name") or about.get("license") or ""
+    except (msgspec.DecodeError, AttributeError):
+        return ""
+    return licence[:100] if isinstance(licence, str) and licence.isprintable() else ""
+
+
 def _listing(hub: Hub, client: Client, source: HubSource) -> list[RemoteFile]:
     text = _patiently(client, source, lambda: _read_all(client.open(hub.listing_url(source))))
+    return _files_in(hub, client, source, text)
+
+
+def _files_in(hub: Hub, client: Client, source: HubSource, text: bytes) -> list[RemoteFile]:
     try:
         files = hub.files(source, msgspec.json.decode(text))
     except (msgspec.DecodeError, KeyError, TypeError, ValueError, AttributeError):
@@ -329,16 +400,23 @@ class _Getter:
     def all(self, step: str, files: Iterable[RemoteFile]) -> None:
         files = list(files)
         total = sum(file.size for file in files)
-        done = 0
-        for file in files:
+        before = 0
+        for number, file in enumerate(files):
             if file.name in NAMES and file.size > LARGEST_SMALL_FILE:
                 raise missing(f"{short(file.name)} is damaged: it is larger than any such file.")
-            self._one(file, lambda here, before=done: self._say(step, before + here, total))  # type: ignore[misc]
-            done += file.size
-        self._say(step, done, total)
 
-    def _say(self, step: str, done: int, total: int) -> None:
-        self._reporter.progress(CopyPhase.FETCHING, step, done, total)
+            def say(here: int, before: int = before, number: int = number) -> None:
+                self._say(step, before + here, total, number, len(files))
+
+            say(min(_size(self.place(file)), file.size))
+            self._one(file, say)
+            before += file.size
+        self._say(step, before, total, len(files), len(files))
+
+    def _say(self, step: str, done: int, total: int, files_done: int, files_total: int) -> None:
+        self._reporter.progress(
+            CopyPhase.FETCHING, step, done, total, files_done=files_done, files_total=files_total
+        )
 
     def _one(self, file: RemoteFile, say: Callable[[int], None]) -> None:
         place = self.place(file)

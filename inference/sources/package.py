@@ -96,7 +96,7 @@ def _watch(pip: subprocess.Popen[str], lines: list[str], workspace: Path, report
 
 # Bounded throughout: what an index sends could be made to take long.
 _ANNOUNCED = re.compile(r"(?:Downloading|Using cached) .{0,400}\((\d{1,9}(?:\.\d{1,9})?) (bytes|kB|MB|GB)\)")
-_URL = re.compile(r"([a-z0-9+.-]{1,30})://(?:[^\s/@]*@)?([^\s/:@?#]*)[^\s]*", re.IGNORECASE)
+_AFTER_SCHEME = re.compile(r"://(?:[^\s/@]*@)?([^\s/:@?#]*)[^\s]*")
 
 
 def _announced_size(lines: list[str]) -> int:
@@ -131,7 +131,7 @@ def _fetch_error(source: PackageSource, lines: list[str]) -> SourceError:
 def scrubbed(line: str) -> str:
     """A line of another program without what is no reader's business: URLs shrink to their host
     (credentials and tokens go), and paths to their last name."""
-    line = _URL.sub(r"\1://\2", line)
+    line = _AFTER_SCHEME.sub(r"://\1", line)
     line = re.sub(r"(?<![\w:/.])/(?:[^\s/'\"]+/)+", "", line)
     return line if len(line) <= 200 else f"{line[:197]}..."
 

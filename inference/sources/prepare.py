@@ -60,6 +60,20 @@ def slot_of(name: str, source: PackageSource | HubSource, cache: Path) -> Slot:
     return Slot(cache, name, hashlib.sha256(str(source).encode()).hexdigest())
 
 
+def delete_copy(name: str, source: Source, cache: Path) -> int | None:
+    """Delete what `prepare` fetched into the cache; the bytes that it had, None when somebody prepares it
+    right now. Of a folder that was given nothing is deleted. Raises OSError."""
+    if isinstance(source, FolderSource):
+        return 0
+    slot = slot_of(name, source, cache)
+    if slot.is_locked():
+        return None
+    if not (slot.path.exists() or slot.partial.exists()):
+        return 0
+    with slot.locked():
+        return slot.delete()
+
+
 def _prepare_hub(name: str, source: HubSource, cache: Path, reporter: Reporter, *, full_check: bool) -> Path:
     slot = slot_of(name, source, cache)
     partial = slot.partial
@@ -147,6 +161,7 @@ def _convert(gguf: Path, workspace: Path, reporter: Reporter) -> Path:
         "inference.sources.convert",
         str(gguf),
         str(made),
+        str(header.elements),
         # A conversion needs no network and no device, and takes no memory from an engine there.
         environment={"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"},
     ) as child:

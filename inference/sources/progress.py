@@ -46,14 +46,24 @@ class Reporter:
         self._sent_at = 0.0
 
     def progress(
-        self, phase: CopyPhase, step: str, done: int = 0, total: int = 0, *, unit: str = "bytes"
+        self,
+        phase: CopyPhase,
+        step: str,
+        done: int = 0,
+        total: int = 0,
+        *,
+        unit: str = "bytes",
+        files_done: int = 0,
+        files_total: int = 0,
     ) -> None:
         now = time.monotonic()
         finished = total > 0 and done >= total
         if step == self._step and not finished and now - self._sent_at < _INTERVAL:
             return
         self._step, self._sent_at = step, now
-        progress = Progress(step=step, done=done, total=total, unit=unit)
+        progress = Progress(
+            step=step, done=done, total=total, unit=unit, files_done=files_done, files_total=files_total
+        )
         self._report(CopyReport(model_id=self._model_id, phase=phase, progress=progress))
 
     def ready(self, *, size_bytes: int, sha256: str) -> None:

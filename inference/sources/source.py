@@ -112,6 +112,8 @@ def parse_source(text: str) -> Source:
         if ".." in PurePosixPath(text).parts:
             raise SourceError(Cause.BAD_ARGUMENT, "A folder source must not contain '..'.")
         return FolderSource(Path(text))
+    if text == "upstream":
+        raise SourceError(Cause.BAD_ARGUMENT, "The model is on another server; it has no files here.")
     raise SourceError(
         Cause.BAD_ARGUMENT,
         "The source must be an absolute folder path, package:NAME==VERSION#sha256=HEX or "

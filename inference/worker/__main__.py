@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from inference.bounds import leave_no_core
 from inference.worker.spec import WorkerSpec
 
 
@@ -24,6 +25,7 @@ def main() -> int:
     except (OSError, msgspec.DecodeError) as error:
         sys.stderr.write(f"The worker's spec file cannot be used: {error}\n")
         return 2
+    leave_no_core()
     return asyncio.run(_run(spec))
 
 

@@ -129,6 +129,7 @@ class EngineProcess:
             model_path=self._spec.model_path,
             chat_template=assignment.model.chat_template,
             arguments=assignment.arguments,
+            upstream=assignment.upstream,
         )
         stdin = cast(IO[bytes], popen.stdin)  # PIPE above
         with contextlib.suppress(BrokenPipeError), stdin:  # a child that died already says so by its exit

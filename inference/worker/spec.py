@@ -20,6 +20,7 @@ from inference.protocol import (
     Cause,
     Message,
     Progress,
+    Upstream,
     WorkerPhase,
 )
 
@@ -72,6 +73,7 @@ class EngineProcessSpec(Message, frozen=True, kw_only=True):
     model_path: str | None = None
     chat_template: str | None = None
     arguments: dict[str, Any] = {}
+    upstream: Upstream | None = None
 
 
 class EngineProgress(Message, frozen=True, kw_only=True, tag="progress"):

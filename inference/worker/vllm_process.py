@@ -20,7 +20,9 @@ from inference.engines.vllm.arguments import Arguments, read_arguments
 from inference.engines.vllm.capabilities import capabilities
 from inference.engines.vllm.endings import Telltales
 from inference.engines.vllm.metrics import LoadReader
-from inference.protocol import Cause, Load
+from inference.engines.vllm.preflight import preflight
+from inference.engines.vllm.progress import ProgressReader
+from inference.protocol import Cause, Load, Progress
 from inference.worker.engine_process import EngineProcess, engine_environment
 from inference.worker.guard import CLOSED_VARIABLE
 from inference.worker.spec import EngineFailed, EngineProgress, EngineReady, WorkerSpec
@@ -33,7 +35,8 @@ _CLOSED_FILE = "closed"
 
 
 class _ModelCard(msgspec.Struct):
-    max_model_len: int
+    max_model_len: int | None = None
+    """None: of an adapter."""
 
 
 class _Models(msgspec.Struct):
@@ -57,21 +60,29 @@ class VllmProcess(EngineProcess):
         self._reservation: socket.socket | None = None
         self._telltales = Telltales(spec.assignment.arguments)
         self._loads = LoadReader()
+        self._progress = ProgressReader()
+        self._starting = True
 
     async def start(self) -> None:
         assignment = self._spec.assignment
+        # Bound but not listening: nobody else is given the port until vLLM listens there, minutes later.
+        self._reservation = self._take_port(listen=False)
+        host, port = self._reservation.getsockname()[:2]
+        own = {**assignment.environment, CLOSED_VARIABLE: str(self._closed)}
+        environment = command.environment(engine_environment(os.environ, own, self._secret))
         try:
             if self._spec.model_path is None:
                 raise LoadError(Cause.MISSING_FILE, "The vllm engine needs a model folder.")
+            model = Path(self._spec.model_path)
             arguments = read_arguments(assignment.arguments)
-            python = command.interpreter(os.environ)
+            python = command.interpreter(os.environ, arguments.python_environment)
+            self._on_progress(EngineProgress(progress=Progress(step="checking the machine")))
+            found = await preflight(arguments, python=python, model=model, environment=environment)
         except LoadError as error:
             self.told = EngineFailed(cause=error.cause, detail=error.detail)
             self._set_exited(_UNLOADED)
             return
-        # Bound but not listening: nobody else is given the port until vLLM listens there, minutes later.
-        self._reservation = self._take_port(listen=False)
-        host, port = self._reservation.getsockname()[:2]
+        self._log.write(f"{found}\n".encode())
         self._closed.unlink(missing_ok=True)
         read_fd, write_fd = os.pipe()
         line = command.command(
@@ -83,19 +94,19 @@ class VllmProcess(EngineProcess):
             chat_template=self._written_template(),
             host=host,
             port=port,
+            strict_tools=found.strict_tools,
         )
-        own = {**assignment.environment, CLOSED_VARIABLE: str(self._closed)}
         try:
             self._start_child(
                 [sys.executable, "-m", "inference.worker.tied", str(os.getpid()), *line],
                 prints_to=write_fd,
-                environment=command.environment(engine_environment(os.environ, own, self._secret)),
+                environment=environment,
                 own_group=True,
             )
         finally:
             os.close(write_fd)
         await self._follow_log(read_fd)
-        self._readers.add(asyncio.create_task(self._await_ready(arguments, Path(self._spec.model_path))))
+        self._readers.add(asyncio.create_task(self._await_ready(arguments, model)))
 
     async def read_load(self) -> Load | None:
         page = await self._get("/metrics")
@@ -138,7 +149,10 @@ class VllmProcess(EngineProcess):
 
     def _printed(self, data: bytes) -> None:
         super()._printed(data)
-        self._telltales.hear(data.decode("utf-8", "replace"))
+        text = data.decode("utf-8", "replace")
+        self._telltales.hear(text)
+        if self._starting and (news := self._progress.hear(text)) is not None:
+            self._on_progress(EngineProgress(progress=news))
 
     def _written_template(self) -> Path | None:
         template = self._spec.assignment.model.chat_template
@@ -153,11 +167,13 @@ class VllmProcess(EngineProcess):
         while (answer := await self._get("/v1/models")) is None:  # noqa: ASYNC110 - it tells nobody
             await asyncio.sleep(_READY_POLL_SECONDS)
         try:
-            context_length = msgspec.json.decode(answer, type=_Models).data[0].max_model_len
-        except (msgspec.DecodeError, IndexError):
+            cards = msgspec.json.decode(answer, type=_Models).data
+            context_length = next(card.max_model_len for card in cards if card.max_model_len is not None)
+        except (msgspec.DecodeError, StopIteration):
             self.told = EngineFailed(cause=Cause.CRASHED, detail="vLLM does not say which model it serves.")
             self._signal(signal.SIGKILL)
             return
+        self._starting = False
         chat = self._spec.assignment.model.chat_template is not None or has_template(model)
         self._on_ready(
             EngineReady(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import secrets
 import time
@@ -24,6 +23,7 @@ from openai_api.admission.scripts import ADMIT, AMEND, FIELDS, digest_of
 from openai_api.admission.told import PARALLEL_WAIT_MS, Standing, headers_of, refusal
 from openai_api.errors import LimitUnknown
 from registry.actions.gateways import count_gateways
+from registry.keys import redis_prefix
 from registry.models import Metric, WhenAway
 from registry.threads import in_database
 
@@ -171,8 +171,7 @@ class Admission:
     def __init__(self, redis_url: str | None, *, count_gateways: Callable[[], int] = count_gateways) -> None:
         self._redis_url = redis_url
         self._ask_gateways = count_gateways
-        instance = hashlib.sha256(b"roundhouse.limits." + settings.SECRET_KEY.encode()).hexdigest()[:12]
-        self._prefix = f"roundhouse:{instance}:limit:".encode()
+        self._prefix = f"{redis_prefix(settings.SECRET_KEY)}limit:".encode()
         self._epoch_key = self._prefix + b"epoch"
         self._epoch = 0
         """The one in which Redis was last told what it must know."""
@@ -181,7 +180,7 @@ class Admission:
         self._warned = False
         self._restoring: asyncio.Task[None] | None = None
         self._levels = Levels()
-        self._plans: dict[tuple[str, str], _Plan] = {}
+        self._plans: dict[tuple[str, str, str], _Plan] = {}
         self._to_add: dict[bytes, tuple[Pace, int]] = {}
         """Tokens by bucket that Redis has not heard of."""
         self._to_end: dict[tuple[bytes, str], None] = {}
@@ -242,15 +241,17 @@ class Admission:
         max_tokens: int | None,
         choices: int = 1,
         request_id: str,
+        base: str = "",
     ) -> Admitted | None:
         """Let a request through, or raise RateLimited (LimitUnknown, where a limit cannot be asked).
 
         `prompt_bytes` is the length of the request; `max_tokens` what it wants at most, None when it does
-        not say, 0 for what writes nothing. None: no limit concerns it. Otherwise `settle` must follow.
+        not say, 0 for what writes nothing; `base` the model that this one is an adapter of. None: no limit
+        concerns it. Otherwise `settle` must follow.
         """
         if not key.rules:
             return None
-        plan = self._plan(key, model)
+        plan = self._plan(key, model, base)
         if not plan.items:
             return None
         self._used = True
@@ -271,20 +272,20 @@ class Admission:
                 self._note_away(line, error)
         return self._decide(plan, costs, model, request_id)
 
-    def _plan(self, key: Key, model: str) -> _Plan:
-        found = self._plans.get((key.public_id, model))
+    def _plan(self, key: Key, model: str, base: str) -> _Plan:
+        found = self._plans.get((key.public_id, model, base))
         if found is not None and found.rules is key.rules:
             return found
         if len(self._plans) >= PLANS_KEPT:
             self._plans.clear()
         items = tuple(
-            _Item(rule, self._prefix + rule.bucket_for(model).encode(), self._levels)
+            _Item(rule, self._prefix + bucket.encode(), self._levels)
             for rule in key.rules
-            if rule.concerns(model)
+            if (bucket := rule.bucket_for(model, base)) is not None
         )
         names = [self._epoch_key, *(item.name for item in items)]
         head = b"".join(bulk(part) for part in (b"%d" % len(names), *names))
-        plan = self._plans[key.public_id, model] = _Plan(key.rules, items, head)
+        plan = self._plans[key.public_id, model, base] = _Plan(key.rules, items, head)
         return plan
 
     async def _ask(self, line: Line, plan: _Plan, costs: list[int], request_id: str) -> Reply:

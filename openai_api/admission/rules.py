@@ -31,9 +31,13 @@ class Rule:
     def concerns(self, model: str) -> bool:
         return not self.route or matches_route((self.route,), model)
 
-    def bucket_for(self, model: str) -> str:
-        """What is counted together has one bucket."""
-        return f"{self.bucket}:{model}" if self.each_route else self.bucket
+    def bucket_for(self, model: str, base: str = "") -> str | None:
+        """What is counted together has one bucket; None for what does not concern the rule. An adapter is
+        counted with the model that it belongs to (`base`), where that one is."""
+        for name in filter(None, (base, model)):
+            if self.concerns(name):
+                return f"{self.bucket}:{name}" if self.each_route else self.bucket
+        return None
 
 
 def load_rules(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -106,21 +107,12 @@ class Messages:
     async def stream_start(self, prompt_tokens: int = 0) -> None:
         await self._answered.stream_start()
         begun = self._message(_Usage(prompt_tokens=prompt_tokens))
-        await self._answered.stream_chunk(_event("message_start", message=begun))
+        await self._answered.stream_events([_event("message_start", message=begun)])
 
-    async def stream_chunk(self, chunk: bytes) -> None:
-        try:
-            chat = _decode_chat(chunk[len(b"data: ") :])
-        except ValueError as error:
-            raise WorkerBroke("A worker sent a chunk of something else.") from error
-        self._usage = chat.usage or self._usage
-        events = b""
-        for choice in chat.choices:
-            events += self._said(choice.delta)
-            if choice.finish_reason is not None:
-                self._finish = choice
-        if events:
-            await self._answered.stream_chunk(events)
+    async def stream_events(self, events: Sequence[bytes]) -> None:
+        said = b"".join(map(self._read, events))
+        if said:
+            await self._answered.stream_events([said])
 
     async def stream_end(self, chunk: bytes = b"") -> None:
         if chunk.startswith(b'data: {"error"'):
@@ -132,6 +124,19 @@ class Messages:
         events = self._close()
         events += _event("message_delta", delta=stopped, usage=_usage(self._usage))
         await self._answered.stream_end(events + _event("message_stop"))
+
+    def _read(self, event: bytes) -> bytes:
+        try:
+            chat = _decode_chat(event[len(b"data: ") :])
+        except ValueError as error:
+            raise WorkerBroke("A worker sent a chunk of something else.") from error
+        self._usage = chat.usage or self._usage
+        events = b""
+        for choice in chat.choices:
+            events += self._said(choice.delta)
+            if choice.finish_reason is not None:
+                self._finish = choice
+        return events
 
     def _message(self, usage: _Usage) -> dict[str, Any]:
         return {

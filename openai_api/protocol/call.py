@@ -19,6 +19,7 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, le=limits.TOKEN_ID_MAX)]
 TokenIds = Annotated[list[TokenId], msgspec.Meta(max_length=limits.LISTED_TOKENS)]
 Penalty = Annotated[float, msgspec.Meta(ge=-limits.PENALTY_MAX, le=limits.PENALTY_MAX)]
 StopList = Annotated[list[str], msgspec.Meta(max_length=limits.STOP_STRINGS)]
+Session = Annotated[str, msgspec.Meta(max_length=limits.SESSION_BYTES)]
 ModelName = Annotated[str, msgspec.Meta(max_length=limits.MODEL_NAME_LENGTH)]
 TokenList = Annotated[list[TokenId], msgspec.Meta(min_length=1)]
 Kept = Annotated[int, msgspec.Meta(ge=-1, le=limits.INT64_MAX)]
@@ -79,6 +80,11 @@ class Call(msgspec.Struct, kw_only=True):
     def given_as(self, need: str) -> str:
         """The client's own name of what it `needs`."""
         return need
+
+    @property
+    def session(self) -> str | None:
+        """Requests that name the same one build on one another."""
+        return None
 
     @property
     def samples(self) -> int:

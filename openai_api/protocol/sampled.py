@@ -9,7 +9,18 @@ import msgspec
 from openai_api import limits
 from openai_api.errors import InvalidRequest
 from openai_api.parsing import invalid
-from openai_api.protocol.call import Call, Int, Kept, Optional, Penalty, Size, StopList, TokenIds, Tokens
+from openai_api.protocol.call import (
+    Call,
+    Int,
+    Kept,
+    Optional,
+    Penalty,
+    Session,
+    Size,
+    StopList,
+    TokenIds,
+    Tokens,
+)
 from openai_api.protocol.structured import GUIDED, KINDS_OF_SOME, check_kind, check_outputs
 
 
@@ -71,6 +82,7 @@ class Sampled(Call, kw_only=True):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    prompt_cache_key: Session | None = None
 
     optional: ClassVar[Optional]
 
@@ -145,6 +157,10 @@ class Sampled(Call, kw_only=True):
         if need.startswith("structured_outputs") and self.structured_outputs is None:
             return next(name for name in GUIDED if getattr(self, name) is not None)
         return need
+
+    @property
+    def session(self) -> str | None:
+        return self.prompt_cache_key or None
 
     @property
     def samples(self) -> int:
@@ -252,7 +268,6 @@ IGNORED = frozenset(
         "service_tier",
         "prediction",
         "safety_identifier",
-        "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
         "moderation",
@@ -261,7 +276,8 @@ IGNORED = frozenset(
         "stream_options.continuous_usage_stats",
     }
 )
-"""They change nothing in the answer, or have no meaning here."""
+"""They change nothing in the answer, or have no meaning here. (`prompt_cache_key` says which requests go
+to the same worker.)"""
 
 
 def _check_texts(texts: list[str], field: str) -> None:

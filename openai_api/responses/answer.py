@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -70,10 +71,10 @@ class Responding:
             ]
         )
 
-    async def stream_chunk(self, chunk: bytes) -> None:
-        events = self._take(_read(chunk[len(b"data: ") :]))
-        if events:
-            await self._tell(events)
+    async def stream_events(self, events: Sequence[bytes]) -> None:
+        told = [one for event in events for one in self._take(_read(event[len(b"data: ") :]))]
+        if told:
+            await self._tell(told)
 
     async def stream_end(self, chunk: bytes = b"") -> None:
         if chunk.startswith(b"data: [DONE]"):
@@ -107,7 +108,7 @@ class Responding:
     # -- what goes
 
     async def _tell(self, events: list[Event]) -> None:
-        await self._to.stream_chunk(b"".join(map(self._event, events)))
+        await self._to.stream_events([b"".join(map(self._event, events))])
 
     def _event(self, event: Event) -> bytes:
         event["sequence_number"] = self._sequence

@@ -35,6 +35,7 @@ from inference.sources.cache import damaged_files, read_manifest
 from inference.sources.check import check_folder
 from inference.sources.prepare import slot_of
 from inference.status import DeploymentState, read_statuses
+from registry.keys import redis_prefix
 from registry.models import Deployment, Node
 from registry.querysets import database_now
 from registry.states import NodeState
@@ -251,7 +252,7 @@ def check_control() -> Finding:
                 return wrong(what, "it does not run: no worker is started or replaced.", f"{START}.")
             current_app.send_task("inference.tick", queue="control", expires=CONTROL_SECONDS, retry=False)
             deadline = time.monotonic() + CONTROL_SECONDS
-            while client.llen("control"):
+            while client.llen(f"{redis_prefix(settings.SECRET_KEY)}control"):
                 if time.monotonic() > deadline:
                     return wrong(
                         what,
@@ -295,7 +296,7 @@ def check_nodes() -> Iterator[Finding]:
 
 def check_model_files(*, hash_files: bool) -> Iterator[Finding]:
     """The files of models that are wanted and lie on this machine."""
-    wanted = Deployment.objects.filter(replicas__gt=0).exclude(engine="simulated")
+    wanted = Deployment.objects.filter(replicas__gt=0).exclude(engine__in=["simulated", "upstream"])
     models = {each.language_model for each in wanted.select_related("language_model")}
     for model in sorted(models, key=str):
         what = f"files of {model}"

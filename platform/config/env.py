@@ -15,6 +15,7 @@ and ROUNDHOUSE_VLLM_PYTHON.
 | ROUNDHOUSE_KEY_PEPPERS | derived from the secret key | `1:HEX,2:HEX`: numbered peppers of API key digests |
 | ROUNDHOUSE_HTTPS | no | `yes`: browsers reach it through a proxy that speaks TLS |
 | ROUNDHOUSE_TRUSTED_PROXIES | (none) | addresses or networks of proxies whose X-Forwarded-For is believed |
+| ROUNDHOUSE_UPSTREAM_HOSTS | (any) | networks and host names where upstream servers may be, comma-separated |
 | ROUNDHOUSE_CORS_ORIGINS | (closed) | origins whose pages may call /v1, comma-separated |
 | ROUNDHOUSE_LOG_LEVEL | INFO | of the whole project |
 | ROUNDHOUSE_LOG_FORMAT | line | `line` for people, `json` for machines |
@@ -31,6 +32,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +41,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parents[2]
+_HOST_NAME = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 Network = IPv4Network | IPv6Network
 MIN_SECRET_KEY = 50
@@ -77,6 +80,8 @@ class Env:
     key_peppers: dict[int, bytes]
     https: bool
     trusted_proxies: tuple[Network, ...]
+    upstream_hosts: tuple[str, ...]
+    """Networks and names; empty: anywhere that is not refused always."""
     cors_origins: tuple[str, ...]
     log_level: str
     log_format: str
@@ -110,6 +115,7 @@ def read_env(environ: Mapping[str, str] = os.environ) -> Env:
         key_peppers=_peppers(environ.get("ROUNDHOUSE_KEY_PEPPERS", ""), secret_key),
         https=_yes_or_no("ROUNDHOUSE_HTTPS", environ.get("ROUNDHOUSE_HTTPS") or "no"),
         trusted_proxies=_networks(environ.get("ROUNDHOUSE_TRUSTED_PROXIES", "")),
+        upstream_hosts=_upstream_hosts(environ.get("ROUNDHOUSE_UPSTREAM_HOSTS", "")),
         cors_origins=tuple(_split(environ.get("ROUNDHOUSE_CORS_ORIGINS", ""))),
         log_level=_log_level(environ.get("ROUNDHOUSE_LOG_LEVEL") or "INFO"),
         log_format=_log_format(environ.get("ROUNDHOUSE_LOG_FORMAT") or "line"),
@@ -191,6 +197,20 @@ def _networks(text: str) -> tuple[Network, ...]:
             "ROUNDHOUSE_TRUSTED_PROXIES: a network of everybody would let any client name its own address."
         )
     return networks
+
+
+def _upstream_hosts(text: str) -> tuple[str, ...]:
+    hosts = _split(text)
+    for host in hosts:
+        if _HOST_NAME.fullmatch(host):
+            continue
+        try:
+            ip_network(host)
+        except ValueError as error:
+            raise BadEnvironment(
+                f"ROUNDHOUSE_UPSTREAM_HOSTS: {error}; list networks such as 10.1.0.0/16, or host names."
+            ) from error
+    return tuple(hosts)
 
 
 def _log_level(text: str) -> str:

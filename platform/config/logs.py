@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii
 
+import msgspec
+
 from inference.http import request_id_now
 from registry.keys import KEY_PATTERN
 
@@ -114,7 +116,15 @@ class JsonFormatter(logging.Formatter):
         line |= {key: value for key, value in _facts(record) if key not in line}
         if trace := _trace(self, record):
             line["exception"] = trace
-        return _masked(json.dumps(line, default=str))
+        return _masked(_json(line))
+
+
+def _json(value: object) -> str:
+    """Printable ASCII only. msgspec takes a tenth of the time; what json escapes and it does not is rare."""
+    line = msgspec.json.encode(value, enc_hook=str).decode()
+    if line.isascii() and line.isprintable():
+        return line
+    return json.dumps(value, default=str, separators=(",", ":"))
 
 
 def _stamp(created: float) -> str:

@@ -6,6 +6,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
+from inference.words import amount_of_bytes as amount_of_bytes
+
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Columns as wide as their widest cell, two blanks between them; an empty cell is a dash."""
@@ -26,16 +28,6 @@ def one_line(cell: object) -> str:
 def printable(char: str) -> bool:
     """False for what a terminal obeys instead of showing it."""
     return unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-
-
-def amount_of_bytes(count: int) -> str:
-    """`93.2 MB`, in powers of ten."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 def age(since: datetime | None, now: datetime) -> str:

@@ -32,6 +32,7 @@ from inference.agent.processes import stop_all
 from inference.broker import broker_of
 from inference.status import DeploymentState, read_statuses
 from registry.actions.nodes import create_join_token, node_of_secret
+from registry.keys import redis_prefix
 from registry.models import Deployment, ModelCopy, Worker
 
 Tell = Callable[[str], None]
@@ -204,9 +205,12 @@ class Up:
             )
         except JoinError as error:
             raise CannotStart(str(error)) from error
-        if node is not None and identity.broker_url != (broker_url := broker_of(node)):
-            # REDIS_URL was changed since the node joined.
-            write_identity(self.data, msgspec.structs.replace(identity, broker_url=broker_url))
+        if node is not None:
+            # REDIS_URL may have been changed since the node joined.
+            broker, prefix = broker_of(node), redis_prefix(settings.SECRET_KEY)
+            now = msgspec.structs.replace(identity, broker_url=broker, broker_prefix=prefix)
+            if now != identity:
+                write_identity(self.data, now)
 
     def _why(self, part: Part, sentence: str) -> str:
         lines = "\n".join(f"    {line}" for line in part.last_lines())

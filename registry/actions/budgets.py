@@ -25,9 +25,10 @@ from django.db import connection, transaction
 from django.db.models import F, Q
 
 from registry.actions.events import publish_change, record_event
+from registry.adapters import model_names
 from registry.costs import PriceBook, money_text, most_micros
 from registry.errors import BudgetExhausted, InvalidInput
-from registry.models import ApiKey, Budget, BudgetPeriod, Gateway, Hold, Project, Route, UsageEvent
+from registry.models import ApiKey, Budget, BudgetPeriod, Gateway, Hold, Project, UsageEvent
 from registry.models.budget import MOST_LIMIT, BudgetPeriodName, BudgetScope, BudgetUnit
 from registry.querysets import database_now
 from registry.statements import aware, change, insert, select
@@ -87,7 +88,7 @@ def find_subject(scope: str, text: str) -> tuple[str, str]:
             if user is not None:
                 return str(user.pk), user.get_username()
         case BudgetScope.ROUTE:
-            if Route.objects.filter(name=text).exists():
+            if text in model_names():
                 return text, text
     raise InvalidInput("subject", f"There is no {scope} {text}.")
 
@@ -157,9 +158,10 @@ def reserve(
     completion_tokens: int,
     started_at: float,
     gateway: str,
+    base: str = "",
 ) -> None:
-    """Set aside, in each of these budgets that is hard and concerns the route, the most that the request
-    may use: all of them or, with BudgetExhausted, none.
+    """Set aside, in each of these budgets that is hard and concerns the route, or the one that it is an
+    adapter of (`base`), the most that the request may use: all of them or, with BudgetExhausted, none.
 
     `prompt_tokens` and `completion_tokens` are the most there can be, over all choices; `started_at`, in
     seconds since the epoch, and `request_id` are those of the ledger's entry, whose event settles it;
@@ -170,10 +172,10 @@ def reserve(
     # More than any limit there can be: no sum below leaves its 64 bits.
     prompt_tokens, completion_tokens = min(prompt_tokens, MOST_LIMIT), min(completion_tokens, MOST_LIMIT)
     at = datetime.fromtimestamp(started_at, UTC)
-    budgets = select(_CONCERNING, at, at, tuple(budget_ids), route) if budget_ids else []
+    budgets = select(_CONCERNING, at, at, tuple(budget_ids), (route, base)) if budget_ids else []
     if not budgets:
         return
-    price = PriceBook([route]).in_force(route, at)
+    price = PriceBook([route, base]).in_force(route, at, base)
     cost = most_micros(price, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
     amounts = {BudgetUnit.TOKENS.value: prompt_tokens + completion_tokens, BudgetUnit.MONEY.value: cost}
     places = sorted(
@@ -192,7 +194,7 @@ _CONCERNING = """
     SELECT budget.id, budget."limit", budget.unit, period.id
     FROM registry_budget budget LEFT JOIN registry_budgetperiod period
     ON period.budget_id = budget.id AND period.start <= %s AND (period."end" IS NULL OR period."end" > %s)
-    WHERE budget.id IN %s AND budget.hard AND (budget.scope <> 'route' OR budget.subject = %s)
+    WHERE budget.id IN %s AND budget.hard AND (budget.scope <> 'route' OR budget.subject IN %s)
     ORDER BY budget.id
 """
 # The guard and the change are one statement: checked again by the database under the row's lock.
@@ -335,7 +337,8 @@ class _BudgetsOf:
         projects = {str(event.project_id) for event in events}
         # Nobody has the empty name: without an owner there would be no list.
         owners = {"", *map(str, self._owners.values())}
-        subjects = (keys, projects, {event.route for event in events}, owners)
+        routes = {name for event in events for name in (event.route, event.base)}
+        subjects = (keys, projects, routes, owners)
         for pk, scope, subject, unit, starts_at in select(_COUNTING, *map(tuple, subjects)):
             budget = _Counting(pk, unit, aware(starts_at))
             self.all.append(budget)
@@ -347,6 +350,7 @@ class _BudgetsOf:
         yield from self._found.get((BudgetScope.KEY, event.key_public_id), ())
         yield from self._found.get((BudgetScope.PROJECT, str(event.project_id)), ())
         yield from self._found.get((BudgetScope.ROUTE, event.route), ())
+        yield from self._found.get((BudgetScope.ROUTE, event.base), ())
         owner = self._owners.get(event.key_public_id)
         if owner is not None:
             yield from self._found.get((BudgetScope.USER, str(owner)), ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from django.core.exceptions import ValidationError
 from django.db import transaction
 from django.db.models import Max
 
@@ -11,26 +12,36 @@ from registry.actions.events import publish_change, record_event
 from registry.errors import StillInUse
 from registry.models import Deployment, DeploymentRevision, Event, LanguageModel, Route, RouteTarget
 from registry.querysets import database_now
+from registry.upstreams import check_key, seal, unseal, url_of
 
 
 @transaction.atomic
-def save_deployment(*, deployment: Deployment, by: str) -> Deployment:
+def save_deployment(*, deployment: Deployment, by: str, upstream_key: str | None = None) -> Deployment:
     """Create or change a wish, checked whole. What workers are started from becomes a new revision.
+
+    `upstream_key` is the key of the server behind it; empty: it needs none. None: as it is, which is none
+    after a change of the URL: a key goes to the server that it was given for, and no other.
 
     Raises ValidationError naming the field.
     """
     deployment.full_clean(exclude=["revision"])
+    about_key = _keep_key(deployment, upstream_key)
     is_new = deployment.pk is None
     deployment.wish_changed_at = database_now()
     deployment.save()
     started_from = _started_from(deployment)
     current = deployment.revision
-    if current is None or any(getattr(current, field) != value for field, value in started_from.items()):
+    if (
+        current is None
+        or about_key  # which revisions do not hold: workers that have the old one are replaced all the same
+        or any(getattr(current, field) != value for field, value in started_from.items())
+    ):
         deployment.revision = _new_revision(deployment, by)
         deployment.save(update_fields=["revision"])
     record_event(
         deployment,
         "created" if is_new else "changed",
+        reason=about_key,
         by=by,
         data={
             "replicas": deployment.replicas,
@@ -39,6 +50,26 @@ def save_deployment(*, deployment: Deployment, by: str) -> Deployment:
     )
     publish_change("deployment", str(deployment.pk))
     return deployment
+
+
+def _keep_key(deployment: Deployment, key: str | None) -> str:
+    """Set, clear or keep the upstream key; what was done with it, in words."""
+    url = url_of(deployment)
+    if key:
+        if not url:
+            raise ValidationError({"upstream_key": "Only a deployment of the upstream engine has one."})
+        try:
+            check_key(key)
+        except ValidationError as error:
+            raise ValidationError({"upstream_key": error.messages}) from None
+        if unseal(deployment.upstream_key, url) == key:
+            return ""
+        deployment.upstream_key = seal(key, url)
+        return "the upstream key was set"
+    if not deployment.upstream_key or (key is None and unseal(deployment.upstream_key, url)):
+        return ""
+    deployment.upstream_key = ""
+    return "the upstream key was cleared" if key == "" else "the URL changed: the upstream key was cleared"
 
 
 def _started_from(deployment: Deployment) -> dict[str, Any]:
@@ -68,11 +99,14 @@ def deploy(
     language_model: LanguageModel,
     by: str,
     route: str | None = None,
+    upstream_key: str | None = None,
     **wish: Any,
 ) -> Deployment:
     """Create a deployment and, with `route`, the public name that points to it."""
     deployment = save_deployment(
-        deployment=Deployment(name=name, language_model=language_model, **wish), by=by
+        deployment=Deployment(name=name, language_model=language_model, **wish),
+        by=by,
+        upstream_key=upstream_key,
     )
     if route is not None:
         target, created = Route.objects.get_or_create(name=route)

@@ -12,9 +12,10 @@ from django.db.models import Q
 
 from registry.actions.events import record_event
 from registry.actions.usage import charge, record_usage
+from registry.adapters import model_names
 from registry.costs import PriceBook
 from registry.errors import InvalidInput
-from registry.models import Price, Route, UsageEvent
+from registry.models import Price, UsageEvent
 from registry.querysets import database_now
 
 RERATED_AT_ONCE = 500
@@ -32,7 +33,7 @@ def set_price(*, price: Price, by: str) -> Price:
     price.pk = None
     price.created_by = by[:150]
     price.created_at = database_now()
-    if price.route and not Route.objects.filter(name=price.route).exists():
+    if price.route and price.route not in model_names():
         raise InvalidInput("route", f"There is no route {price.route}.")
     try:
         price.full_clean()
@@ -56,7 +57,8 @@ class Rerating:
 
 
 def rerate(*, since: datetime, until: datetime, route: str | None = None, dry_run: bool = True) -> Rerating:
-    """Charge requests that began within [since, until) by the prices that are in force for them now.
+    """Charge requests that began within [since, until) by the prices that are in force for them now; of one
+    route with its adapters, if it is named.
 
     An event is never edited: the difference is a row of its own, `<request id>#r<n>`, and goes to the same
     budgets. Running it again finds nothing to do. A transaction per `RERATED_AT_ONCE` events: what was
@@ -78,7 +80,7 @@ def _batches(since: datetime, until: datetime, route: str | None) -> Iterator[li
     # Uses index usage_by_time_idx.
     events = UsageEvent.objects.filter(started_at__gte=since, started_at__lt=until, corrects="")
     if route is not None:
-        events = events.filter(route=route)
+        events = events.filter(Q(route=route) | Q(base=route))
     events = events.order_by("started_at", "id")
     batch = list(events[:RERATED_AT_ONCE])
     while batch:
@@ -94,20 +96,20 @@ def _corrections(batch: list[UsageEvent]) -> list[UsageEvent]:
     rows = UsageEvent.objects.filter(corrects__in=[event.request_id for event in batch])
     for corrects, difference in rows.exclude(corrects="").values_list("corrects", "cost_micros"):
         earlier.setdefault(corrects, []).append(difference)
-    book = PriceBook({event.route for event in batch})
+    book = PriceBook({name for event in batch for name in (event.route, event.base)})
     corrections = []
     for event in batch:
         differences = earlier.get(event.request_id, [])
         charged = event.cost_micros + sum(differences)
-        due, price_id = charge(event, book.in_force(event.route, event.started_at))
+        due, price_id = charge(event, book.in_force(event.route, event.started_at, event.base))
         if due != charged:
             corrections.append(_correction(event, due - charged, price_id, number=len(differences) + 1))
     return corrections
 
 
 def _correction(event: UsageEvent, difference: int, price_id: int | None, *, number: int) -> UsageEvent:
-    copied = ("started_at", "project_id", "project_name", "key_public_id", "key_name", "route", "deployment")
-    more = ("worker", "endpoint", "stream", "status", "outcome", "gateway")
+    copied = ("started_at", "project_id", "project_name", "key_public_id", "key_name", "route", "base")
+    more = ("deployment", "worker", "endpoint", "stream", "status", "outcome", "gateway")
     return UsageEvent(
         **{name: getattr(event, name) for name in (*copied, *more)},
         request_id=f"{event.request_id}#r{number}",

@@ -41,13 +41,15 @@ def record_usage(events: Sequence[UsageEvent]) -> None:
     if not new:
         return
     holds = open_holds(event.request_id for event in new)
-    book = PriceBook({event.route for event in new})
+    book = PriceBook({name for event in new for name in (event.route, event.base)})
     for event in new:
         if event.corrects:
             continue
         held = holds.get(event.request_id, ())
         # The price at admission, where there was one: what was set aside is then enough.
-        price = book.by_id(held[0].price_id) if held else book.in_force(event.route, event.started_at)
+        price = (
+            book.by_id(held[0].price_id) if held else book.in_force(event.route, event.started_at, event.base)
+        )
         event.cost_micros, event.price_id = charge(event, price)
         if not within_holds(event, held):
             event.flagged = event.flagged or MORE_THAN_HELD

@@ -27,10 +27,11 @@ from registry.actions.api_keys import (
     rotate_api_key,
 )
 from registry.actions.projects import delete_project, remove_member, save_project, set_role
+from registry.adapters import model_names
 from registry.admin.common import DeletesByAction, by, timeline
 from registry.errors import InvalidInput, InvalidTransition
 from registry.key_pages import RotateForm, private, secrets_rows, secrets_table, shown_once
-from registry.models import ApiKey, Membership, Project, Route
+from registry.models import ApiKey, Membership, Project
 from registry.querysets import ApiKeyQuerySet, may_own_keys
 from registry.rights import Scope, validate_cidrs, validate_routes
 
@@ -74,7 +75,7 @@ class ChosenForm(forms.ModelForm):
             chosen = self.instance.routes or []
             # A route that was deleted stays choosable where it is chosen.
             names = {
-                *Route.objects.values_list("name", flat=True),
+                *model_names(),
                 *(name for name in chosen if "*" not in name),
             }
             self.fields["routes"].choices = [(name, name) for name in sorted(names)]  # type: ignore[attr-defined]

@@ -40,9 +40,10 @@ class BudgetForm(forms.ModelForm):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if "subject" in self.fields:
-            self.fields[
-                "subject"
-            ].help_text = "The key's public part (sk-…), or the name of the project, person or model."
+            self.fields["subject"].help_text = (
+                "The key's public part (sk-…), or the name of the project, person or model. "
+                "A model's budget counts its adapters too."
+            )
         if self.instance.pk is not None and "amount" in self.fields:
             self.fields["amount"].initial = _amount(self.instance)
 

@@ -17,8 +17,8 @@ from registry.models import LanguageModel
 
 SOURCES = (
     "An absolute folder on the nodes; hub:ORG/NAME@COMMIT or modelscope:ORG/NAME@COMMIT, with the 40 "
-    "hexadecimal digits of a commit; or package:NAME==VERSION#sha256=HEX, a Python package that carries "
-    "weights."
+    "hexadecimal digits of a commit; package:NAME==VERSION#sha256=HEX, a Python package that carries "
+    "weights; or upstream, for a model that another server has."
 )
 
 

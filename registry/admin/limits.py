@@ -11,8 +11,9 @@ from django.db.models import QuerySet
 from django.http import HttpRequest
 
 from registry.actions.limits import remove_limit, save_limit
+from registry.adapters import model_names
 from registry.admin.common import by, timeline
-from registry.models import Limit, Route
+from registry.models import Limit
 from registry.rights import matches_route
 
 
@@ -28,9 +29,9 @@ class LimitForm(forms.ModelForm):
         route: str = self.cleaned_data["route"]
         # One whose model was deleted meanwhile may stay: it holds again when the model is back.
         if route and route != self.instance.route:
-            names = Route.objects.values_list("name", flat=True)
+            names = model_names()
             if not any(matches_route([route], name) for name in names):
-                raise ValidationError(f"There is no such model; known: {', '.join(sorted(names)) or 'none'}.")
+                raise ValidationError(f"There is no such model; known: {', '.join(names) or 'none'}.")
         return route
 
 

@@ -11,8 +11,9 @@ from django.contrib import admin
 from django.http import HttpRequest
 
 from registry.actions.prices import set_price
+from registry.adapters import model_names
 from registry.admin.common import by
-from registry.models import Price, Route
+from registry.models import Price
 from registry.models.price import MOST_MICROS
 from registry.querysets import database_now
 
@@ -33,10 +34,9 @@ class PriceForm(forms.ModelForm):
         if "route" not in self.fields:
             # Somebody who may only look.
             return
-        names = Route.objects.order_by("name").values_list("name", flat=True)
         self.fields["route"].choices = [  # type: ignore[attr-defined]
             ("", "every model without a price of its own"),
-            *((name, name) for name in names),
+            *((name, name) for name in model_names()),
         ]
         for name, what in AMOUNTS.items():
             self.fields[name] = forms.DecimalField(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from django.contrib import admin
 
 from registry.admin.common import ReadOnlyAdmin
-from registry.models import Event, UsageEvent
+from registry.models import Event
 
 
-@admin.register(UsageEvent)
 class UsageEventAdmin(ReadOnlyAdmin):
+    """Registered by `inference`, which can also tell why a request went where it went."""
+
     list_display = [
         *("started_at", "project_name", "key_name", "route", "status", "outcome"),
         *("prompt_tokens", "completion_tokens", "ttft_ms", "duration_ms"),

@@ -16,7 +16,7 @@ from registry.models import Route, RouteTarget
 class TargetInline(admin.TabularInline):
     model = RouteTarget
     extra = 1
-    fields = ["deployment", "weight"]
+    fields = ["deployment", "rank", "weight"]
 
 
 @admin.register(Route)
@@ -24,7 +24,20 @@ class RouteAdmin(admin.ModelAdmin):
     list_display = ["name", "enabled", "answered_by"]
     list_filter = ["enabled"]
     search_fields = ["name"]
-    fields = ["name", "enabled", "continues", "events"]
+    fieldsets = [
+        (None, {"fields": ["name", "enabled", "continues"]}),
+        (
+            "Times",
+            {
+                "fields": [
+                    *("connect_seconds", "queue_seconds", "first_token_seconds"),
+                    *("idle_seconds", "total_seconds"),
+                ],
+                "description": "In seconds.",
+            },
+        ),
+        ("What happened", {"fields": ["events"]}),
+    ]
     readonly_fields = ["events"]
     inlines = [TargetInline]
 
@@ -33,7 +46,10 @@ class RouteAdmin(admin.ModelAdmin):
 
     @admin.display(description="answered by")
     def answered_by(self, obj: Route) -> str:
-        targets = [f"{target.deployment} (weight {target.weight})" for target in obj.targets.all()]
+        targets = [
+            f"{target.deployment} ({'fallback ' * (target.rank > 0)}weight {target.weight})"
+            for target in obj.targets.all()
+        ]
         return ", ".join(targets) or "nothing yet"
 
     @admin.display(description="timeline")

@@ -5,7 +5,7 @@ from registry.models.budget import Budget, BudgetNotice, BudgetPeriod, Hold
 from registry.models.deployment import Deployment, DeploymentRevision
 from registry.models.event import Change, Event
 from registry.models.gateway import Gateway
-from registry.models.language_model import LanguageModel, ModelCopy
+from registry.models.language_model import LanguageModel, ModelCopy, UnwantedCopy
 from registry.models.limit import Each, Limit, Metric, Per, WhenAway
 from registry.models.node import JoinToken, Node
 from registry.models.price import Price
@@ -41,6 +41,7 @@ __all__ = [
     "Project",
     "Route",
     "RouteTarget",
+    "UnwantedCopy",
     "UsageAudit",
     "UsageDay",
     "UsageEvent",

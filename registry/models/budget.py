@@ -25,7 +25,7 @@ class BudgetScope(models.TextChoices):
     USER = "user"
     """The keys that a person owns, and their chats."""
     ROUTE = "route"
-    """Everybody's requests of one route."""
+    """Everybody's requests of one route, and of its adapters."""
 
 
 class BudgetUnit(models.TextChoices):

@@ -1,10 +1,17 @@
+from django.core.exceptions import ValidationError
 from django.core.validators import MaxValueValidator, MinValueValidator
 from django.db import models
 from django.db.models import Q
 from django.utils import timezone
 
 from registry.states import EngineName, Policy
-from registry.validators import validate_environment, validate_host_label, validate_object
+from registry.validators import (
+    UPSTREAM_SOURCE,
+    validate_environment,
+    validate_host_label,
+    validate_object,
+    validate_upstream_url,
+)
 
 
 class Deployment(models.Model):
@@ -20,6 +27,11 @@ class Deployment(models.Model):
         blank=True,
         validators=[validate_object],
         help_text='Engine arguments, such as {"dtype": "bfloat16"}.',
+    )
+    upstream_key = models.TextField(
+        blank=True,
+        editable=False,
+        help_text="Of the server behind an upstream deployment, sealed: see registry.upstreams.",
     )
     environment = models.JSONField(
         default=dict,
@@ -42,6 +54,13 @@ class Deployment(models.Model):
     policy = models.CharField(max_length=32, choices=Policy, default=Policy.PREFIX_AFFINITY)
     queue_limit = models.PositiveIntegerField(
         default=128, help_text="Requests that wait when all workers are saturated; one more gets 503."
+    )
+    queue_tokens = models.PositiveIntegerField(
+        null=True,
+        blank=True,
+        validators=[MinValueValidator(1)],
+        help_text="Tokens, of prompts and answers together, that wait at most; one request always may. "
+        "Empty: any number.",
     )
     queue_seconds = models.PositiveIntegerField(
         default=30, validators=[MaxValueValidator(600)], help_text="Longest wait in the queue."
@@ -73,6 +92,15 @@ class Deployment(models.Model):
 
     def __str__(self) -> str:
         return self.name
+
+    def clean(self) -> None:
+        if self.engine == EngineName.UPSTREAM:
+            if isinstance(self.arguments, dict):
+                validate_upstream_url(self.arguments.get("url"))
+        elif self.language_model_id and self.language_model.source == UPSTREAM_SOURCE:
+            raise ValidationError(
+                {"engine": f"{self.language_model} is on another server: only the upstream engine serves it."}
+            )
 
 
 class DeploymentRevision(models.Model):

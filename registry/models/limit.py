@@ -89,7 +89,7 @@ class Limit(models.Model):
     route = models.CharField(
         max_length=120,
         blank=True,
-        help_text="Concerns this model; * stands for any characters. Empty: every model.",
+        help_text="Concerns this model and its adapters; * stands for any characters. Empty: every model.",
     )
     each = models.CharField(
         max_length=16,
@@ -98,7 +98,9 @@ class Limit(models.Model):
         help_text="Who has the amount for themselves. Empty: all concerned share it.",
     )
     each_route = models.BooleanField(
-        "each model", default=False, help_text="Each model has an amount of its own."
+        "each model",
+        default=False,
+        help_text="Each model has an amount of its own, which its adapters share.",
     )
     metric = models.CharField(max_length=16, choices=Metric, default=Metric.REQUESTS)
     amount = models.PositiveBigIntegerField(validators=[MinValueValidator(1), MaxValueValidator(AMOUNT_MAX)])

@@ -25,7 +25,8 @@ class Price(models.Model):
     route = models.CharField(
         max_length=120,
         blank=True,
-        help_text="The model that clients name. Empty: every model without a price of its own.",
+        help_text="The model that clients name; its adapters too, unless they have a price of their own. "
+        "Empty: every model without a price of its own.",
     )
     starts_at = models.DateTimeField(
         default=timezone.now,

@@ -1,4 +1,4 @@
-from django.core.validators import MinValueValidator
+from django.core.validators import MaxValueValidator, MinValueValidator
 from django.db import models
 from django.utils import timezone
 
@@ -17,6 +17,34 @@ class Route(models.Model):
         default=True,
         help_text="A streamed text whose worker dies goes on with another, from what was sent. "
         "Otherwise it ends with an error.",
+    )
+    connect_seconds = models.FloatField(
+        default=1.0,
+        validators=[MinValueValidator(0.05), MaxValueValidator(60)],
+        help_text="Longest time until a worker takes the connection; then another is asked.",
+    )
+    queue_seconds = models.PositiveIntegerField(
+        null=True,
+        blank=True,
+        validators=[MinValueValidator(1), MaxValueValidator(600)],
+        help_text="Longest wait for a free worker. Empty: as its deployments say.",
+    )
+    first_token_seconds = models.PositiveIntegerField(
+        default=600,
+        validators=[MinValueValidator(1), MaxValueValidator(86400)],
+        help_text="Longest silence of a worker before the first token, or before a whole answer; then "
+        "another is asked.",
+    )
+    idle_seconds = models.PositiveIntegerField(
+        default=60,
+        validators=[MinValueValidator(1), MaxValueValidator(3600)],
+        help_text="Longest silence of a worker within a stream; then another goes on.",
+    )
+    total_seconds = models.PositiveIntegerField(
+        null=True,
+        blank=True,
+        validators=[MinValueValidator(1), MaxValueValidator(86400)],
+        help_text="Longest time for a request from its arrival to the end of its answer. Empty: no limit.",
     )
     deployments = models.ManyToManyField(
         "registry.Deployment", through="registry.RouteTarget", related_name="routes"
@@ -37,10 +65,19 @@ class RouteTarget(models.Model):
     deployment = models.ForeignKey(
         "registry.Deployment", on_delete=models.CASCADE, related_name="route_targets"
     )
-    weight = models.PositiveIntegerField(default=1, validators=[MinValueValidator(1)])
+    weight = models.PositiveIntegerField(
+        default=1,
+        validators=[MinValueValidator(1)],
+        help_text="Its share of the requests, among the deployments of the same rank.",
+    )
+    rank = models.PositiveSmallIntegerField(
+        default=0,
+        help_text="0: asked first. A higher one is a fallback: asked when none of a lower rank is free, "
+        "or each of them has failed the request.",
+    )
 
     class Meta:
-        ordering = ["route", "id"]
+        ordering = ["route", "rank", "id"]
         constraints = [
             models.UniqueConstraint(
                 fields=["route", "deployment"], name="one_target_per_route_and_deployment"

@@ -15,6 +15,13 @@ class UsageEvent(models.Model):
     key_public_id = models.CharField(max_length=16)
     key_name = models.CharField(max_length=120)
     route = models.CharField(max_length=120)
+    base = models.CharField(
+        max_length=120,
+        blank=True,
+        default="",
+        db_default="",
+        help_text="Of a route `base:adapter`: the route whose limits, budgets and price hold for it too.",
+    )
     deployment = models.CharField(max_length=63, blank=True)
     worker = models.CharField(max_length=100, blank=True)
     endpoint = models.CharField(max_length=64)

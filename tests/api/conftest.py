@@ -25,7 +25,7 @@ from django.db import connection
 from openai import AsyncOpenAI
 
 from config.front import Front, make_application
-from config.server import WEBSOCKETS, GatewayProtocol, GatewayServer
+from config.server import WEBSOCKETS, GatewayProtocol, GatewayServer, prepare_listener
 from inference.engines.simulated import SimulatedEngine
 from registry.actions.events import publish_change
 from registry.keys import worker_secret
@@ -40,7 +40,7 @@ FIELDS = ["temperature", "top_p", "top_k", "stop", "ignore_eos", "seed"]
 CAPABILITIES = sorted(SimulatedEngine.capabilities)
 
 
-def eventually(question: Callable[[], Any], what: str, *, seconds: float = 10.0, every: float = 0.02) -> Any:
+def eventually(question: Callable[[], Any], what: str, *, seconds: float = 30.0, every: float = 0.02) -> Any:
     deadline = time.monotonic() + seconds
     while True:
         answer = question()
@@ -218,7 +218,7 @@ def quick_to_end() -> Iterator[None]:
 def serving(front: Front) -> Iterator[int]:
     """The application under the gateway's own server, in a thread of its own."""
     listener = socket.create_server(("127.0.0.1", 0))
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    prepare_listener(listener)
     config = uvicorn.Config(
         front,
         loop="uvloop",
@@ -230,7 +230,7 @@ def serving(front: Front) -> Iterator[int]:
         proxy_headers=False,
         timeout_graceful_shutdown=5,
     )
-    server = GatewayServer(config)
+    server = GatewayServer(config, front.gateway)
 
     def run() -> None:
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner, quick_to_end():

@@ -109,13 +109,17 @@ def test_garbage_in_the_answers_text_passes_unchanged(served: Served) -> None:
 
 
 async def test_nothing_buffers_a_stream(served_by_both: Served) -> None:
-    async with served_by_both.client() as client:
-        stream = await client.chat.completions.create(
-            model=ROUTE, messages=messages("!tokens 12 !slow 0.05"), stream=True
-        )
-        moments = [time.monotonic() async for chunk in stream if chunk.choices[0].delta.content]
-    gaps = [later - earlier for earlier, later in itertools.pairwise(moments)]
-    assert len(gaps) >= 10
+    # The machine may pause in one of them, and what came meanwhile is then read together.
+    for _ in range(3):
+        async with served_by_both.client() as client:
+            stream = await client.chat.completions.create(
+                model=ROUTE, messages=messages("!tokens 12 !slow 0.05"), stream=True
+            )
+            moments = [time.monotonic() async for chunk in stream if chunk.choices[0].delta.content]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(moments)]
+        assert len(gaps) >= 10
+        if sorted(gaps)[1] >= 0.03:
+            break
     assert sorted(gaps)[1] >= 0.03, gaps
 
 
@@ -194,10 +198,12 @@ def served_with_a_dead_worker(served: Served) -> Served:
 
 def test_without_a_worker_the_answer_is_503_with_retry_after(facts: str) -> None:
     from config.front import make_application
+    from registry.models import Deployment
     from registry.models import Worker as WorkerRow
     from tests.api.conftest import serving
 
     WorkerRow.objects.all().delete()
+    Deployment.objects.update(replicas=0)
     front = make_application()
     with serving(front) as port:
         served = Served(port, facts, front)

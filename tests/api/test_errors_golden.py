@@ -18,7 +18,7 @@ from openai_api import limits
 from openai_api.auth import KeyRing
 from registry.actions.api_keys import revoke_api_key
 from registry.actions.events import publish_change
-from registry.models import ApiKey, UsageEvent
+from registry.models import ApiKey, Deployment, UsageEvent
 from registry.models import Worker as WorkerRow
 from tests.api.conftest import ROUTE, WORKER_ID, Answer, Served, eventually, say, serving, worker_process
 from tests.factories import make_api_key, make_deployment
@@ -213,14 +213,37 @@ def test_what_a_client_accepts_decides_nothing(served: Served) -> None:
 # -- what is not the client's fault
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_nobody_is_free(served: Served, stream: bool) -> None:
+def without_workers(served: Served, **wish: Any) -> None:
     WorkerRow.objects.all().delete()
+    Deployment.objects.update(**wish)
     publish_change("deployment", "1")
     fleet = served.front.gateway.fleet if served.front else None
     assert fleet is not None
     eventually(lambda: not fleet.route(ROUTE).targets[0][0].workers, "the gateway knows")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_nobody_is_there_and_nobody_will_come(served: Served, stream: bool) -> None:
+    without_workers(served, replicas=0)
+    began = time.monotonic()
     answer = served.chat(say("hi", stream=stream))
+    assert time.monotonic() - began < 1
+    told(
+        answer,
+        503,
+        OVERLOADED,
+        "server_is_overloaded",
+        says=rf"No worker serves the model `{ROUTE}` now, and none is about to\. Please try again later\.",
+    )
+    assert 1 <= int(answer.headers["retry-after"]) <= 60
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_nobody_is_free(served: Served, stream: bool) -> None:
+    without_workers(served, queue_seconds=1)
+    began = time.monotonic()
+    answer = served.chat(say("hi", stream=stream))
+    assert 1 <= time.monotonic() - began < 5, "one is about to be started: its queue is waited in"
     told(
         answer,
         503,

@@ -148,7 +148,7 @@ async def test_the_official_client_reads_a_missing_scope(served: Served) -> None
 
 def test_routes_are_named_with_wildcards_and_bounded_by_the_project(served: Served) -> None:
     for name in ("smol-1", "smol-2", "big"):
-        make_deployment(route=name)
+        make_deployment(route=name, replicas=0)
         publish_change("route", name)
     project = make_project(name="bounded", routes=["smol*", ROUTE])
     texts = {

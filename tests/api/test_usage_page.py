@@ -87,7 +87,11 @@ def browsing(port: int, cookie: str, **context: Any) -> Iterator[tuple[Page, lis
     ("name", "context"),
     [
         ("light", {"viewport": {"width": 1100, "height": 900}, "color_scheme": "light"}),
-        ("dark", {"viewport": {"width": 1100, "height": 900}, "color_scheme": "dark"}),
+        pytest.param(
+            "dark",
+            {"viewport": {"width": 1100, "height": 900}, "color_scheme": "dark"},
+            marks=pytest.mark.full,
+        ),
         ("phone", {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "device_scale_factor": 2}),
     ],
 )

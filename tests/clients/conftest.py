@@ -48,7 +48,8 @@ def told(served: Served, letters: tuple[Letters, str]) -> dict[str, str]:
     RouteTarget.objects.create(route=Route.objects.create(name="other"), deployment=target.deployment)
     embedding = make_deployment(route="letters")
     make_worker(deployment=embedding, id=7002, url=letters[1], capabilities=["endpoint:embeddings"])
-    make_deployment(route="later")
+    # None is wished for: nobody waits for a worker of it.
+    make_deployment(route="later", replicas=0)
     # One every four seconds: who comes back earlier, as a 503 says, is told 429.
     make_limit(15, "requests", "minute", burst=1, route="later")
     for route in ("other", "letters", "later"):

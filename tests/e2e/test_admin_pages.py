@@ -12,6 +12,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.e2e.conftest import ROOT, Roundhouse, eventually
+from tests.engines.tiny_model import make_tiny_llama
 
 pytestmark = pytest.mark.e2e
 
@@ -152,3 +153,53 @@ def test_the_first_page_shows_what_runs(roundhouse: Roundhouse, watched: Watched
     image = IMAGE if "ROUNDHOUSE_SAVE_IMAGES" in os.environ else tmp_path / IMAGE.name
     page.screenshot(path=str(image))
     assert image.stat().st_size < 300_000
+
+
+def test_a_model_is_added_checked_and_deployed_on_one_page_which_leads_to_its_progress(
+    roundhouse: Roundhouse, watched: Watched, tmp_path: Path
+) -> None:
+    folder = make_tiny_llama(tmp_path / "vicuna-tiny")
+    about = folder / "tokenizer_config.json"
+    about.write_text(about.read_text().replace('"chat_template"', '"no_template"'))
+    watched.open("/admin/registry/languagemodel/")
+    page = watched.page
+    page.get_by_role("link", name="Add language model").first.click()
+    kinds = page.get_by_label("Where the files come from")
+    for kind in ("ModelScope", "Python package", "One line", "Folder on the nodes"):
+        kinds.get_by_role("link", name=kind).click()
+        expect(kinds.locator("[aria-current=page]")).to_have_text(kind)
+    page.get_by_label("Folder", exact=False).first.fill(str(folder))
+    page.get_by_label("Name:").fill("page-tiny")
+    page.get_by_label("Engine:").select_option("simulated")
+    page.get_by_role("button", name="Check first").click()
+    known = page.get_by_label("What is known of it")
+    expect(known).to_contain_text("LlamaForCausalLM")
+    expect(known).to_contain_text("users × 512 tokens")
+    expect(known).to_contain_text("vicuna fits its name")
+    page.get_by_label("Chat template:").select_option("vicuna")
+    page.screenshot(path=str(tmp_path / "add.png"), full_page=True)
+    page.get_by_role("button", name="Add", exact=True).click()
+    expect(page.locator(".messagelist")).to_contain_text("Added page-tiny and deployed it")
+    expect(page.locator("[id$=-deployed]")).to_contain_text("ready", timeout=40_000)
+    # What an agent tells while it fetches; a real fetch of so little is over before it is seen.
+    roundhouse.manage(
+        "shell",
+        "-v0",
+        "-c",
+        "from datetime import timedelta\n"
+        "from registry.actions.language_models import record_copy\n"
+        "from registry.models import LanguageModel, ModelCopy, Node\n"
+        "model = LanguageModel.objects.get(name='page-tiny')\n"
+        "facts = {'step': 'download', 'total': 2_800_000_000, 'files_done': 1, 'files_total': 5}\n"
+        "record_copy(node=Node.objects.get(), language_model_id=model.pk, state='fetching', "
+        "done=1_200_000_000, **facts)\n"
+        "copy = ModelCopy.objects.get(language_model=model)\n"
+        "copy.step_began_at, copy.step_began_done = copy.updated_at - timedelta(seconds=60), 0\n"
+        "copy.save()",
+    )
+    expect(page.locator("[id$=-files]")).to_contain_text(
+        "download, file 2 of 5, 1.2 GB of 2.8 GB, 42 %, 80 s left", timeout=10_000
+    )
+    page.screenshot(path=str(tmp_path / "follow.png"), full_page=True)
+    roundhouse.manage("scale", "page-tiny", "0", "--wait", "30")
+    assert watched.problems == []

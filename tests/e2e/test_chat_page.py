@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, WebSocketRoute, expect
+from playwright.sync_api import Browser, Page, Route, WebSocketRoute, expect
 
 from tests.browser import Watched, browser, watch
 from tests.e2e.conftest import Roundhouse, eventually
@@ -360,6 +360,26 @@ def test_a_draft_outlives_a_refresh_and_the_theme_is_kept(page: Page) -> None:
     expect(page.locator("html")).to_have_attribute("data-theme", "dark")
     page.get_by_role("button", name="Theme: dark").click()
     page.get_by_label("Your message").fill("")
+
+
+def test_what_is_typed_before_the_scripts_have_run_is_kept(session: Watched, origin: str) -> None:
+    page = session.page()
+    late: list[Route] = []
+    # Only the page's own: the theme's stands before the page, which would not be there without it.
+    page.route(re.compile(r"/webchat/chat\b[^/]*\.js"), lambda route: late.append(route))
+    page.goto(f"{origin}/chat/", wait_until="commit")
+    page.get_by_label("Your message").fill("early words")
+    eventually(lambda: page.wait_for_timeout(50) or late, seconds=10, what="the script is asked for")
+    late[0].continue_()
+    page.wait_for_load_state()
+    expect(page.get_by_role("button", name="Send")).to_be_enabled()  # the script has run
+    expect(page.get_by_label("Your message")).to_have_value("early words")
+    page.unroute_all()
+    page.reload()
+    expect(page.get_by_role("button", name="Send")).to_be_enabled()
+    expect(page.get_by_label("Your message")).to_have_value("early words")  # a draft like any other
+    page.get_by_label("Your message").fill("")
+    page.close()
 
 
 def test_on_a_phone_enter_makes_a_new_line_and_the_list_is_a_drawer(

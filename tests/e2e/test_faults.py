@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import http.client
 import json
 import os
@@ -9,6 +11,8 @@ import signal
 import time
 from urllib.parse import urlsplit
 
+import openai
+import openai.types.chat
 import psutil
 import pytest
 
@@ -160,3 +164,82 @@ def test_a_missing_model_folder_fails_its_deployment_alone(roundhouse: Roundhous
     assert reason[0] == "missing_file"
     assert "does not exist on this node" in reason[1]
     assert roundhouse.answers(roundhouse.credentials["chat_model"])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("frozen", ["its engine", "engine and supervisor"])
+def test_a_frozen_worker_loses_its_streams_to_another(roundhouse: Roundhouse, frozen: str):
+    """Its health, or its silence, is noticed in 10 to 15 s. Thawed after all is over, it adds nothing."""
+    name = "frozen-engine" if frozen == "its engine" else "frozen-worker"
+    roundhouse.deploy_simulated(name, replicas=2, token_seconds=0.05, tokens=100)
+    workers = roundhouse.rows(
+        "SELECT w.pid, w.engine_pid FROM registry_worker w "
+        "JOIN registry_deployment d ON d.id = w.deployment_id WHERE d.name = %s AND w.state = 'ready'",
+        name,
+    )
+    pid, engine_pid = workers[0]
+    victims = [psutil.Process(engine_pid)] if frozen == "its engine" else [psutil.Process(pid)]
+    if frozen != "its engine":
+        victims.append(psutil.Process(engine_pid))
+
+    def question(number: int) -> dict[str, object]:
+        return {
+            "model": name,
+            "messages": [{"role": "user", "content": f"question {number}"}],
+            "stream": True,
+        }
+
+    def text_of(chunk: openai.types.chat.ChatCompletionChunk) -> str:
+        return (chunk.choices[0].delta.content or "") if chunk.choices else ""
+
+    async def ask(client: openai.AsyncOpenAI, number: int, begun: set[int]) -> str:
+        said = ""
+        async for chunk in await client.chat.completions.create(**question(number)):
+            said += text_of(chunk)
+            if said:
+                begun.add(number)
+        return said
+
+    async def all_of_it() -> tuple[list[str], list[str], float]:
+        numbers = range(8)
+        async with roundhouse.async_client(max_retries=0, timeout=60) as client:
+            unbroken = await asyncio.gather(*(ask(client, number, set()) for number in numbers))
+            begun: set[int] = set()
+            asking = [asyncio.create_task(ask(client, number, begun)) for number in numbers]
+            while len(begun) < len(asking):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            for victim in victims:
+                victim.suspend()
+            began = time.monotonic()
+            try:
+                broken = await asyncio.gather(*asking)
+            finally:
+                took = time.monotonic() - began
+                for victim in victims:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        victim.resume()
+        return unbroken, broken, took
+
+    try:
+        unbroken, broken, took = asyncio.run(all_of_it())
+        print(f"{frozen}: the last stream ended {took:.1f} s later")
+        assert broken == unbroken
+        # 15 s until it counts as hung, some for the word to spread, 5 s for what is left of the answer.
+        assert took < 30
+        rows = eventually(
+            lambda: len(found := streams_of(roundhouse, name)) == 16 and found,
+            seconds=10,
+            what="each stream has one row",
+        )
+        assert {(outcome, tokens) for _, outcome, tokens in rows} == {("ok", 100)}
+        assert sum(attempts > 1 for attempts, _, _ in rows) >= 2
+        eventually(lambda: roundhouse.answers(name), seconds=30, what="it answers")
+    finally:
+        roundhouse.manage("scale", name, "0")
+
+
+def streams_of(roundhouse: Roundhouse, route: str) -> list[tuple[int, str, int]]:
+    return roundhouse.rows(  # type: ignore[return-value]
+        "SELECT attempts, outcome, completion_tokens FROM registry_usageevent WHERE route = %s AND stream",
+        route,
+    )

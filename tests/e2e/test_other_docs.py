@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.e2e import test_commands, test_docs, test_operating, test_readme
+from tests.e2e import test_commands, test_docs, test_operating, test_readme, test_upstream_docs
 from tests.e2e.conftest import ROOT, Roundhouse, eventually, free_port
 from tests.e2e.documented import block, blocks, clone, every_block, outside_make, run, with_facts_of
 from tests.e2e.test_agreement import operator as operator
@@ -35,7 +35,8 @@ RUN = [*COMMANDS, REPORT, SCRAPE, DEVELOPMENT]
 
 def test_each_block_of_the_docs_is_run_by_a_test():
     guide = {one for one in blocks("operating", "bash") if one.text in test_commands.blocks()}
-    tested = {PICTURE, *guide, *RUN, *test_docs.RUN, *test_operating.RUN, *test_readme.RUN}
+    others = {*test_docs.RUN, *test_operating.RUN, *test_readme.RUN, *test_upstream_docs.RUN}
+    tested = {PICTURE, *guide, *RUN, *others}
     assert [str(one) for one in every_block() if one not in tested] == []
 
 

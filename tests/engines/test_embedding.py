@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import transformers
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from tokenizers import Tokenizer
 
@@ -126,6 +127,35 @@ async def test_a_settings_file_of_training_neither_cuts_nor_pads(plain: Path) ->
     assert answer.prompt_tokens == 22 + 3
 
 
+@pytest.mark.parametrize("pooling", ["cls_token", "max_tokens", "mean_tokens"])
+async def test_texts_of_all_lengths_in_one_step_keep_to_themselves(tmp_path: Path, pooling: str) -> None:
+    folder = make_tiny_encoder(tmp_path / "model", pooling=pooling)
+    texts = ["a" * length for length in (1, CONTEXT - 2, 2, 30, 1)]
+    async with serving(folder) as engine:
+        before = engine.load_report().steps
+        answer = await engine.embed(texts)
+        assert engine.load_report().steps == before + 1
+    assert np.abs(answer.rows - as_sentence_transformers(folder, texts)).max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["ModernBert", "Qwen3"])
+async def test_a_model_that_needs_padding_gives_its_own_vectors(tmp_path: Path, kind: str) -> None:
+    folder = make_tiny_encoder(tmp_path / "model")
+    size = json.loads((folder / "config.json").read_text())
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = getattr(transformers, f"{kind}Config")(
+        **{name: size[name] for name in same},
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.5,
+        **{name: 0 for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
+        **({"local_attention": 8} if kind == "ModernBert" else {"num_key_value_heads": 1, "head_dim": 8}),
+    )
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
+    async with serving(folder) as engine:
+        answer = await engine.embed(TEXTS)
+    assert np.abs(answer.rows - as_sentence_transformers(folder, TEXTS)).max() < 1e-5
+
+
 # -- batching
 
 
@@ -161,13 +191,16 @@ class Held:
             self._go.put_nowait(None)
 
 
-def pieces_of(number: int, count: int) -> list[Piece]:
-    return [Piece(ids=[number], kinds=[0]) for _ in range(count)]
+def pieces_of(number: int, count: int, *, length: int = 1) -> list[Piece]:
+    return [Piece(ids=[number] * length, kinds=[0] * length) for _ in range(count)]
 
 
 @asynccontextmanager
-async def batching(encode: Callable[..., Any], *, batch_tokens: int) -> AsyncIterator[Batcher]:
-    batcher = Batcher(encode, batch_tokens=batch_tokens, loop=asyncio.get_running_loop())
+async def batching(
+    encode: Callable[..., Any], *, batch_tokens: int, padded: bool = True, lanes: int = 1
+) -> AsyncIterator[Batcher]:
+    loop = asyncio.get_running_loop()
+    batcher = Batcher(encode, batch_tokens=batch_tokens, loop=loop, padded=padded, lanes=lanes)
     batcher.start()
     try:
         yield batcher
@@ -189,6 +222,31 @@ async def test_one_input_does_not_wait_behind_a_request_of_many() -> None:
     assert max(map(len, held.seen)) == 16
 
 
+@pytest.mark.parametrize("padded", [True, False])
+async def test_a_long_input_waits_for_one_step_at_most(padded: bool) -> None:
+    held = Held()
+    async with batching(held, batch_tokens=16, padded=padded) as batcher:
+        many = asyncio.create_task(batcher.run(pieces_of(1, 100, length=3)))
+        await held.begun.wait()
+        long = asyncio.create_task(batcher.run(pieces_of(2, 1, length=15)))
+        other = asyncio.create_task(batcher.run(pieces_of(3, 1, length=3)))
+        await asyncio.sleep(0)  # they are queued
+        held.go()
+        await asyncio.gather(many, long, other)
+    assert held.seen.index([2]) <= 2
+    assert any(3 in step for step in held.seen[:4])
+    assert max(map(len, held.seen)) == 5
+
+
+@pytest.mark.parametrize(("padded", "steps"), [(True, [1, 7]), (False, [8])])
+async def test_a_step_is_filled_by_what_it_costs(padded: bool, steps: list[int]) -> None:
+    held = Held()
+    held.go()
+    async with batching(held, batch_tokens=16, padded=padded) as batcher:
+        await batcher.run([*pieces_of(1, 1, length=9), *pieces_of(2, 7)])
+    assert [len(step) for step in held.seen] == steps
+
+
 async def test_a_request_that_is_given_up_takes_its_inputs_along() -> None:
     held = Held()
     async with batching(held, batch_tokens=16) as batcher:
@@ -203,18 +261,37 @@ async def test_a_request_that_is_given_up_takes_its_inputs_along() -> None:
     assert (load.running, load.waiting, load.steps) == (0, 0, 2)
 
 
-async def test_a_failed_step_fails_its_requests_and_three_in_a_row_end_the_engine() -> None:
+async def test_as_many_steps_run_at_a_time_as_there_are_lanes() -> None:
+    held = Held()
+    async with batching(held, batch_tokens=16, lanes=2) as batcher:
+        many = asyncio.create_task(batcher.run(pieces_of(1, 64)))
+        async with asyncio.timeout(30):
+            while len(held.seen) < 2:  # noqa: ASYNC110 - the second begins in a thread of its own
+                await asyncio.sleep(0.01)
+        one = asyncio.create_task(batcher.run(pieces_of(2, 1)))
+        await asyncio.sleep(0.1)
+        load = batcher.report()
+        assert (len(held.seen), load.running, load.waiting) == (2, 1, 1)
+        held.go()
+        assert (await one).tolist() == [[2]]
+        assert len(await many) == 64
+        assert max(map(len, held.seen)) == 16
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+async def test_a_failed_step_fails_its_requests_and_three_in_a_row_end_the_engine(lanes: int) -> None:
     def broken(pieces: Any) -> Any:
         raise ValueError("no")
 
-    async with batching(broken, batch_tokens=16) as batcher:
+    async with batching(broken, batch_tokens=16, lanes=lanes) as batcher:
         for _ in range(3):
             with pytest.raises(EngineError):
                 await batcher.run(pieces_of(1, 1))
         with pytest.raises(EngineError):
             await batcher.run(pieces_of(1, 1))
-        await asyncio.sleep(0.5)  # the thread ends just after it has told the last one
-        assert not batcher.alive()
+        async with asyncio.timeout(30):
+            while batcher.alive():  # noqa: ASYNC110 - the thread ends just after it has told the last one
+                await asyncio.sleep(0.01)
 
 
 # -- limits

@@ -176,6 +176,10 @@ OF_COMPLETIONS: dict[str, tuple[Asks, Honours]] = {
         lambda plain, got: [len(one) for one in got["choices"][0]["logprobs"]["top_logprobs"]] == [2] * 24,
     ),
     "return_token_ids": (lambda plain: {}, lambda plain, got: len(ids(got)) == 24),
+    "prompt_logprobs": (
+        lambda plain: {"prompt_logprobs": 1},
+        lambda plain, got: len(got["choices"][0]["prompt_logprobs"]) == prompt_tokens(got),
+    ),
 }
 OF_CHAT: dict[str, tuple[dict[str, Any], Honours]] = {
     "top_logprobs": (
@@ -198,7 +202,7 @@ OF_CHAT: dict[str, tuple[dict[str, Any], Honours]] = {
     ),
 }
 OF_OTHER_TESTS = {
-    "seed",
+    *("seed", "continue_token_ids"),
     *("response_format", "structured_outputs", "reasoning_effort"),
     *("tools", "tool_choice", "parallel_tool_calls"),
 }

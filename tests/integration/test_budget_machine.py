@@ -36,7 +36,11 @@ from tests.usage import make_event
 
 START = datetime(2026, 3, 27, 22, tzinfo=UTC)
 KEYS = ["abc", "def"]
-ROUTES = ["chat", "other"]
+PRICED = ["chat", "other"]
+"""From the beginning."""
+ADAPTERS = {"chat:law": "chat"}
+"""A price, a budget of the base holds for it too, until it has a price of its own."""
+ROUTES = [*PRICED, *ADAPTERS]
 PER_REQUEST = 500
 """Micro-units that each answered request costs beside its tokens."""
 BUDGETS: list[dict[str, Any]] = [
@@ -85,11 +89,11 @@ class Reference:
 
     def price(self, route: str, at: datetime) -> int:
         found = [
-            (starts, number, price)
+            (name == route, starts, number, price)
             for number, (name, starts, price) in enumerate(self.prices)
-            if name == route and starts <= at
+            if name in (route, ADAPTERS.get(route)) and starts <= at
         ]
-        return max(found)[2] if found else 0
+        return max(found)[3] if found else 0
 
     def period(self, budget: Budget, at: datetime) -> datetime:
         if budget.period == "total":
@@ -98,8 +102,9 @@ class Reference:
         return day if budget.period == "day" else day.replace(day=1)
 
     def of(self, request: Request) -> list[Budget]:
-        mine = {"key": request.key, "project": "1", "route": request.route}
-        return [budget for budget in self.budgets if mine[budget.scope] == budget.subject]
+        routes = (request.route, ADAPTERS.get(request.route))
+        mine = {"key": (request.key,), "project": ("1",), "route": routes}
+        return [budget for budget in self.budgets if budget.subject in mine[budget.scope]]
 
     def sums(self) -> dict[tuple[int, datetime], tuple[int, int]]:
         """Spent and held by budget and period, added up anew from all requests."""
@@ -157,7 +162,7 @@ class Budgets(RuleBasedStateMachine):
         self.reference = Reference([copy(budget) for budget in self.made])
         self.now = START
         self.number = 0
-        self.reference.prices.extend((route, LONG_AGO, 3) for route in ROUTES)
+        self.reference.prices.extend((route, LONG_AGO, 3) for route in PRICED)
 
     def teardown(self) -> None:
         transaction.set_rollback(True)
@@ -176,6 +181,7 @@ class Budgets(RuleBasedStateMachine):
                     started_at=request.at,
                     key_public_id=request.key,
                     route=request.route,
+                    base=ADAPTERS.get(request.route, ""),
                     outcome=outcome,
                     prompt_tokens=prompt,
                     completion_tokens=used - prompt,
@@ -204,6 +210,7 @@ class Budgets(RuleBasedStateMachine):
                 budget_ids=ids,
                 request_id=request.id,
                 route=route,
+                base=ADAPTERS.get(route, ""),
                 prompt_tokens=prompt,
                 completion_tokens=completion,
                 started_at=at.timestamp(),
@@ -299,7 +306,7 @@ def make_per_token(route: str, price: int, **facts: Any) -> None:
 
 def run(examples: int, steps: int) -> None:
     Budgets.made = tuple(make_budget(**{"limit": 10_000, "hard": True} | facts) for facts in BUDGETS)
-    for route in ROUTES:
+    for route in PRICED:
         make_per_token(route, 3)
     # One transaction around all: the database is asked in this thread only.
     assert connection.in_atomic_block

@@ -24,7 +24,7 @@ from websockets.sync.client import ClientConnection, connect
 from config.front import Front, make_application
 from config.server import WEBSOCKETS
 from registry.actions.events import publish_change
-from registry.models import UsageEvent
+from registry.models import DeploymentRevision, UsageEvent
 from registry.states import Outcome
 from tests import services
 from tests.api.conftest import (
@@ -41,6 +41,7 @@ from tests.factories import make_deployment, make_worker
 from webchat import bounds
 from webchat.actions import create_conversation
 from webchat.consumers import ChatSocket, origin_is_ours
+from webchat.log import AnswerLog
 from webchat.models import Conversation, Message, MessageState
 from webchat.runner import ChatRunner
 
@@ -640,14 +641,14 @@ def test_an_answer_whose_gateway_died_is_interrupted_and_keeps_its_text(
         gateway="gone",
         alive_at="2020-01-01T00:00:00Z",
     )
-    with gateway(redis_url) as (port, front):
-        key = front.chat.log._key(lost.pk)
-        with redis.Redis.from_url(redis_url) as client, page_of(people["ann"], port) as page:
-            # The log had more than the database: an entry reaches back into what is known.
-            client.xadd(key, {"t": "upon a time"}, id="16-0")
+    key = AnswerLog(redis_url)._key(lost.pk)
+    with redis.Redis.from_url(redis_url) as client:
+        # The log had more than the database: an entry reaches back into what is known.
+        client.xadd(key, {"t": "upon a time"}, id="16-0")
+        with gateway(redis_url) as (port, _), page_of(people["ann"], port) as page:
             page.say(type="attach", message=str(lost.pk), after="0")
             frames = page.hear_all(str(lost.pk))
-            client.delete(key)
+        client.delete(key)
     assert frames[-1]["state"] == "interrupted"
     assert "Regenerate" in frames[-1]["error"]
     assert text_of(frames) == "Once upon a time"
@@ -717,3 +718,20 @@ def test_the_runner_says_that_it_accepts_nothing_before_its_start() -> None:
     front = make_application()
     assert isinstance(front.chat.runner, ChatRunner)
     assert not front.chat.runner.accepting
+
+
+def test_a_page_hears_its_place_while_all_workers_are_busy(people: dict[str, User], redis_url: str) -> None:
+    DeploymentRevision.objects.update(slots=1)
+    one, other = create_conversation(user=people["ann"]), create_conversation(user=people["ann"])
+    with (
+        gateway(redis_url) as (port, _),
+        page_of(people["ann"], port) as page,
+        page_of(people["ann"], port) as second,
+    ):
+        _, busy = page.send(one, "!tokens 40 !slow 0.05")
+        page.hear_all(busy["id"], lambda frame: frame["type"] == "delta")
+        _, waiting = second.send(other, "!tokens 2")
+        frames = second.hear_all(waiting["id"])
+    assert (frames[0]["type"], frames[0]["ahead"], frames[0]["seconds"]) == ("waiting", 0, None)
+    assert [frame["type"] for frame in frames].count("delta") >= 1
+    assert frames[-1]["state"] == "complete"

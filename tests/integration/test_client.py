@@ -8,6 +8,7 @@ import json
 import socket
 import struct
 import time
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
@@ -16,9 +17,11 @@ from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference.client import DONE, MAX_EVENT_BYTES, BadStream, EventSplitter, WorkerClient
-from inference.dispatch.views import WorkerView
+from inference.client import WorkerClient
+from inference.connections import Connection
+from inference.dispatch.views import Timeouts, WorkerView
 from inference.errors import WorkerBroke, WorkerRefused, WorkerUnreachable
+from inference.sse import DONE, MAX_EVENT_BYTES, BadStream, EventSplitter
 
 CHAT = "/v1/chat/completions"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -33,6 +36,7 @@ def view(port: int) -> WorkerView:
         deployment_id=1,
         deployment_name="deployment",
         engine="simulated",
+        revision_id=1,
         url=f"http://127.0.0.1:{port}",
         secret="the-secret",
         slots=4,
@@ -90,14 +94,14 @@ async def speaking(*parts: bytes, then: str = "close") -> AsyncIterator[WorkerVi
 
 @pytest.fixture
 async def client() -> AsyncIterator[WorkerClient]:
-    one = WorkerClient(stream_gap_seconds=0.2, answer_seconds=2.0)
+    one = WorkerClient(Timeouts(idle=0.2, first_token=2.0))
     await one.start()
     yield one
     await one.close()
 
 
 async def streamed(client: WorkerClient, worker: WorkerView) -> list[bytes]:
-    return [event async for event in client.stream(worker, CHAT, b"{}", request_id="r1")]
+    return [event async for batch in client.stream(worker, CHAT, b"{}", request_id="r1") for event in batch]
 
 
 SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
@@ -141,6 +145,7 @@ async def test_a_stream_comes_event_by_event_and_its_connection_is_used_again(cl
             events = await streamed(client, worker)
             assert events == [b'data: {"n": 1}', b'data: {"n": 2}', DONE]
             assert json.loads(events[1][6:]) == {"n": 2}
+            await asyncio.sleep(0.03)  # its very end comes behind its last event
     assert len(connections) == 1
 
 
@@ -166,7 +171,7 @@ async def test_a_host_that_does_not_answer_is_given_up_after_the_connect_timeout
             filler.setblocking(False)
             filler.connect_ex(address)
             fillers.append(filler)
-        client = WorkerClient(connect_seconds=0.2)
+        client = WorkerClient(Timeouts(connect=0.2))
         await client.start()
         began = time.monotonic()
         with pytest.raises(WorkerUnreachable) as refused:
@@ -312,7 +317,7 @@ async def test_an_idle_connection_lost_with_an_error_is_no_news(client):
 async def test_a_failure_in_mid_stream_is_a_broken_answer(client, end):
     async with speaking(CHUNKED + chunk(b'data: {"n": 1}\n\n'), *end) as worker:
         stream = client.stream(worker, CHAT, b"{}", request_id="r1")
-        assert await anext(stream) == b'data: {"n": 1}'
+        assert await anext(stream) == [b'data: {"n": 1}']
         with pytest.raises(WorkerBroke):
             await anext(stream)
 
@@ -457,3 +462,204 @@ def test_an_event_without_an_end_is_not_collected_for_ever():
     assert splitter.feed(b"x" * MAX_EVENT_BYTES) == []
     with pytest.raises(BadStream, match="bytes"):
         splitter.feed(b"x")
+
+
+async def test_only_what_is_silent_is_not_waited_for_when_its_worker_is_gone(client, monkeypatch):
+    """A stream that flows is left alone; one that is silent, and a whole answer, are given up."""
+    monkeypatch.setattr("inference.client.GONE_SILENCE_SECONDS", 0.3)
+    patient = Timeouts(idle=30, first_token=30)
+    talking = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        if b"/flows" in head or b"/stalls" in head:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: {}\n\n")
+        if b"/flows" in head:
+            for _ in range(20):
+                await asyncio.sleep(0.05)
+                writer.write(b"data: {}\n\n")
+            writer.write(b"data: [DONE]\n\n")
+            writer.close()
+        else:
+            await talking.wait()
+            writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    worker = view(server.sockets[0].getsockname()[1])
+
+    async def read(path: str) -> int:
+        seen = 0
+        async for batch in client.stream(worker, path, b"{}", request_id="r", timeouts=patient):
+            seen += len(batch)
+        return seen
+
+    flows, stalls = asyncio.create_task(read("/flows")), asyncio.create_task(read("/stalls"))
+    whole = asyncio.create_task(client.complete(worker, "/x", b"{}", request_id="r", timeouts=patient))
+    begins = asyncio.create_task(read("/x"))
+    for _ in range(8):
+        await asyncio.sleep(0.1)
+        client.break_off(lambda worker_id: worker_id == worker.id + 1)
+    assert not any(task.done() for task in (flows, stalls, whole, begins)), "another one is gone"
+    client.break_off(lambda worker_id: worker_id == worker.id)
+    async with asyncio.timeout(2):
+        with pytest.raises(WorkerBroke):
+            await stalls
+        for task in (whole, begins):
+            with pytest.raises(WorkerUnreachable) as failed:
+                await task
+            assert not failed.value.gone
+        assert await flows == 22
+    talking.set()
+    server.close()
+
+
+async def test_a_long_prompt_may_be_silent_longer_than_a_stream(client):
+    """Some servers send the head of a stream before they have read the prompt."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+        await asyncio.sleep(0.5)
+        writer.write(b"data: {}\n\ndata: [DONE]\n\n")
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    worker = view(server.sockets[0].getsockname()[1])
+    times = Timeouts(idle=0.2, first_token=2)
+    batches = [one async for one in client.stream(worker, CHAT, b"{}", request_id="r", timeouts=times)]
+    assert sum(map(len, batches)) == 2
+    server.close()
+
+
+async def test_the_time_limit_of_a_stream_that_came_at_once_is_none_of_the_next_one():
+    whole = b'data: {"a":1}\n\ndata: [DONE]\n\n'
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % len(whole)
+    connections = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        with suppress(asyncio.IncompleteReadError):
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                await reader.readexactly(2)
+                writer.write(head)
+                await asyncio.sleep(0.05)
+                writer.write(whole)
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    client = WorkerClient(Timeouts(idle=0.1, first_token=2))
+    await client.start()
+    worker = view(server.sockets[0].getsockname()[1])
+    for _ in range(2):
+        assert await streamed(client, worker) == [b'data: {"a":1}', DONE]
+        await asyncio.sleep(0.3)
+    assert connections == 1
+    await client.close()
+    await asyncio.sleep(0.02)  # in which the other end hears of it
+    server.close()
+
+
+JSON_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+async def test_what_came_together_is_handed_on_together(client):
+    several = b"".join(b'data: {"n": %d}\n\n' % number for number in range(5))
+    async with speaking(
+        CHUNKED + chunk(several[:40]) + chunk(several[40:]), chunk(b"data: [DONE]\n\n")
+    ) as worker:
+        batches = [batch async for batch in client.stream(worker, CHAT, b"{}", request_id="r1")]
+    assert batches == [[b'data: {"n": %d}' % number for number in range(5)], [DONE]]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param(
+            b"HTTP/1.1 100 Continue\r\n\r\n" + JSON_HEAD + b"Content-Length: 2\r\n\r\n{}", id="100 before"
+        ),
+        pytest.param(JSON_HEAD + b"\r\n{}", id="ended by the connection"),
+        pytest.param(JSON_HEAD + b"Connection: close\r\nContent-Length: 2\r\n\r\n{}", id="which closes"),
+        pytest.param(
+            JSON_HEAD + b"Content-Length: 2\r\n\r\n{}HTTP/1.1 200 OK\r\n\r\n", id="and one not asked for"
+        ),
+        pytest.param(
+            JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n1\r\n}\r\n0\r\n\r\n", id="chunks"
+        ),
+    ],
+)
+async def test_all_kinds_of_whole_answers_are_read_and_none_is_another_ones(client, sent):
+    async with speaking(sent) as worker:
+        for _ in range(2):
+            assert await client.complete(worker, CHAT, b"{}", request_id="r1") == b"{}"
+
+
+async def test_headers_without_end_are_no_answer(client):
+    async with speaking(JSON_HEAD, *[b"X-Filler: %s\r\n" % (b"x" * 8000)] * 12, then="silence") as worker:
+        with pytest.raises(WorkerUnreachable, match="headers"):
+            await client.complete(worker, CHAT, b"{}", request_id="r1")
+
+
+async def test_who_is_read_slowly_has_to_wait(client):
+    """And then is not taken for silent."""
+    event = b"data: " + b"1" * 10_000 + b"\n\n"
+    written = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal written
+        await reader.readuntil(b"\r\n\r\n{}")
+        writer.write(CHUNKED)
+        for _ in range(1000):
+            writer.write(chunk(event))
+            await writer.drain()
+            written += 1
+        writer.write(chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    stream = client.stream(view(server.sockets[0].getsockname()[1]), CHAT, b"{}", request_id="r1")
+    seen = len(await anext(stream))
+    await asyncio.sleep(0.5)  # longer than a stream may be silent
+    held = written
+    assert held < 900, "nothing held it back"
+    await asyncio.sleep(0.2)
+    assert written == held
+    async for batch in stream:
+        seen += len(batch)
+    assert seen == 1001
+    server.close()
+
+
+async def test_a_request_id_cannot_bring_headers_of_its_own(client):
+    async with speaking(JSON_HEAD + b"Content-Length: 2\r\n\r\n{}") as worker:
+        with pytest.raises(WorkerUnreachable, match="request id"):
+            await client.complete(worker, CHAT, b"{}", request_id="r1\r\nX-Evil: 1")
+
+
+@pytest.mark.parametrize("first", [b"data: {no json\n\n", b'data: {"id": "chatcmpl-req_other"}\n\n'])
+async def test_a_first_event_that_is_none_lets_another_worker_be_tried(client, first):
+    async with speaking(CHUNKED + chunk(first)) as worker:
+        with pytest.raises(WorkerUnreachable):
+            await streamed(client, worker)
+
+
+async def test_a_connection_that_ended_does_not_wait_for_the_collector(client):
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({})
+
+    def connections() -> weakref.WeakSet[Connection]:
+        return weakref.WeakSet(one for one in gc.get_objects() if isinstance(one, Connection))
+
+    others = connections()  # of tests before this one
+    async with serving(handler) as worker:
+        await client.complete(worker, CHAT, b"{}", request_id="r1")
+        (gone,) = (weakref.ref(one) for one in connections() if one not in others)
+        gc.collect()
+        gc.disable()
+        try:
+            await client.close()
+            await asyncio.sleep(0.05)
+            assert gone() is None
+        finally:
+            gc.enable()

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import kombu
 import pytest
 import redis
+from celery import Celery
 from django.conf import settings as django_settings
 from django.db import OperationalError, connection
 from pytest_django import Settings
@@ -24,7 +26,11 @@ from config.private_redis import redis_command, redis_server, redis_url, socket_
 from inference import tasks
 from inference.agent.identity import Identity, write_identity
 from inference.broker import broker_of
+from inference.fleet import join
 from inference.nudges import send_nudges
+from inference.protocol import JoinRequest
+from registry.actions.nodes import create_join_token
+from registry.keys import redis_prefix
 from registry.models import Worker
 from tests.factories import make_deployment, make_node
 from tests.services import free_port
@@ -113,6 +119,14 @@ def control_environment(tmp_path: Path, redis_address: str | None) -> dict[str, 
 
 
 CONTROL = [sys.executable, "manage.py", "control"]
+PREFIX = redis_prefix(django_settings.SECRET_KEY)
+
+
+def listening(data: Path) -> Any:
+    """The process in which a node's agent hears nudges."""
+    listener = [sys.executable, "-m", "inference.agent.app", str(data)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("DJANGO_")}
+    return running(listener, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 
 @pytest.mark.django_db(transaction=True)
@@ -126,7 +140,7 @@ def test_control_carries_wishes_out_through_a_redis_restart_and_ends_in_time(
     with running(CONTROL, env=environment, stdout=subprocess.DEVNULL) as control:
         until(first.workers.exists)
         with redis.Redis.from_url(url) as client:
-            until(lambda: client.llen("node.n1"))
+            until(lambda: client.llen(f"{PREFIX}node.n1"))
         with redis_anew():
             second = make_deployment()
             until(second.workers.exists)
@@ -160,10 +174,10 @@ def test_a_node_gets_a_redis_user_that_hears_its_own_nudges_and_reaches_nothing_
     assert broker_of(node) == broker, "asking again gives the same"
 
     with redis.Redis.from_url(broker) as client:
-        assert client.llen("node.gpu-1") == 0
+        assert client.llen(f"{PREFIX}node.gpu-1") == 0
         for forbidden in (
-            lambda: client.llen("control"),
-            lambda: client.lpush("node.gpu-2", "x"),
+            lambda: client.llen(f"{PREFIX}control"),
+            lambda: client.lpush(f"{PREFIX}node.gpu-2", "x"),
             lambda: client.keys("*"),
             lambda: client.flushall(),
             lambda: client.config_get("*"),
@@ -182,11 +196,10 @@ def test_a_node_gets_a_redis_user_that_hears_its_own_nudges_and_reaches_nothing_
             address="127.0.0.1",
             secret="s",
             broker_url=broker,
+            broker_prefix=PREFIX,
         ),
     )
-    listener = [sys.executable, "-m", "inference.agent.app", str(tmp_path)]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("DJANGO_")}
-    with running(listener, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+    with listening(tmp_path) as process:
         send_task = app.send_task
         with app.connection_for_write(shared_redis) as to_shared, monkeypatch.context() as patch:
             patch.setattr(
@@ -195,6 +208,52 @@ def test_a_node_gets_a_redis_user_that_hears_its_own_nudges_and_reaches_nothing_
             send_nudges([node.name])
         assert process.stdout is not None
         assert process.stdout.readline().strip().isdigit()
+
+
+@pytest.mark.django_db
+def test_two_installations_on_one_redis_share_no_name(
+    shared_redis: str, settings: Settings, tmp_path: Path
+) -> None:
+    """Each has a node of the same number and name. SECURITY.md's row S31."""
+    settings.ROUNDHOUSE_REDIS_URL = shared_redis
+    node = make_node(name="gpu-1")
+    identities, apps = [], []
+    for secret_key in (django_settings.SECRET_KEY, "another" * 10):
+        settings.SECRET_KEY = secret_key
+        prefix = redis_prefix(secret_key)
+        token = create_join_token(by="test")
+        reply = join(token, JoinRequest(name=f"joins-{len(apps)}", address="127.0.0.1"), "127.0.0.1")
+        assert reply.broker_prefix == prefix
+        facts = {"url": "http://127.0.0.1:1", "node_id": node.pk, "name": node.name, "secret": "s"}
+        identity = Identity(
+            **facts, address="127.0.0.1", broker_url=broker_of(node), broker_prefix=reply.broker_prefix
+        )
+        write_identity(tmp_path / str(len(apps)), identity)
+        identities.append(identity)
+        app = Celery("control", broker=shared_redis, set_as_current=False)
+        app.conf.broker_transport_options = {"global_keyprefix": prefix}
+        apps.append(app)
+
+    with listening(tmp_path / "0") as ours, listening(tmp_path / "1") as theirs:
+        for number, app in ((1, apps[1]), (2, apps[0]), (3, apps[1])):
+            app.send_task("inference.agent.nudge", args=[number], queue=node.queue, ignore_result=True)
+        assert ours.stdout is not None
+        assert theirs.stdout is not None
+        assert ours.stdout.readline() == b"2\n"
+        assert [theirs.stdout.readline() for _ in range(2)] == [b"1\n", b"3\n"]
+
+    apps[0].send_task("inference.tick", queue="control")
+    with redis.Redis.from_url(shared_redis) as client:
+        assert [client.llen(f"{each.broker_prefix}control") for each in identities] == [1, 0]
+        assert not [key for key in client.scan_iter() if not key.decode().startswith("roundhouse:")]
+    ours_, theirs_ = identities
+    assert urlsplit(ours_.broker_url).username != urlsplit(theirs_.broker_url).username
+    for mine, other in ((ours_, theirs_), (theirs_, ours_)):
+        with redis.Redis.from_url(mine.broker_url) as client:
+            assert client.llen(f"{mine.broker_prefix}{node.queue}") == 0
+            for name in (node.queue, "unacked"):
+                with pytest.raises(redis.exceptions.NoPermissionError):
+                    client.llen(f"{other.broker_prefix}{name}")
 
 
 def test_a_nudge_never_fails(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ from tests.factories import make_deployment, make_node, make_worker
 pytestmark = pytest.mark.django_db(transaction=True)
 
 SECRET = "a-node-secret-of-some-length-0123456789"
-DEADLINE_SECONDS = 10.0
+DEADLINE_SECONDS = 20.0
 
 
 class FleetPart:

@@ -14,17 +14,18 @@ from inference.dispatch import fleet as fleet_module
 from inference.dispatch.dispatcher import Dispatcher
 from inference.dispatch.fleet import FORGET_ALL, Fleet, _read
 from inference.protocol import BeatOrder, Load
+from inference.reconcile import CRASH_LOOP
 from registry.actions.api_keys import revoke_api_key
-from registry.actions.deployments import save_deployment
+from registry.actions.deployments import retry_deployment, save_deployment
 from registry.actions.events import publish_change
 from registry.actions.routes import note_route_change
 from registry.actions.workers import move_worker
 from registry.keys import worker_secret
-from registry.models import Change, Route, RouteTarget, Worker
+from registry.models import Change, Deployment, Node, Route, RouteTarget, Worker
 from registry.querysets import database_now
-from registry.states import WorkerState
+from registry.states import NodeState, WorkerState
 from registry.threads import in_database
-from tests.factories import make_api_key, make_deployment, make_worker
+from tests.factories import make_api_key, make_deployment, make_node, make_worker
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -80,15 +81,67 @@ async def test_a_poll_costs_two_queries_and_a_change_of_structure_three_more(fle
         await make(make_worker, deployment=deployment)
         await make(make_worker, deployment=deployment)
 
+    await fleet.poll()
+
     def queries(*, with_structure: bool) -> int:
         seen = set(Change.objects.values_list("id", flat=True))
         with CaptureQueriesContext(connection) as captured:
-            reading = _read(frozenset({999}), seen, with_structure=with_structure)
+            reading = _read(frozenset({999}), seen, fleet._structure, with_structure=with_structure)
         assert len(reading.workers) == 6
         return len(captured)
 
     assert await in_database(queries, with_structure=False) == 2
     assert await in_database(queries, with_structure=True) == 5
+
+
+@pytest.mark.parametrize(
+    ("state", "starts_in"),
+    [
+        (WorkerState.LAUNCHING, 0.0),
+        (WorkerState.LOADING, 0.0),
+        (WorkerState.SUSPECT, 0.0),
+        (WorkerState.DRAINING, 0.0),
+        (WorkerState.LOST, 0.0),
+        (WorkerState.FAILED, 0.0),
+    ],
+)
+async def test_it_knows_that_a_worker_is_about_to_serve(fleet, state, starts_in):
+    deployment = await make(make_deployment, route="chat")
+    await make(make_worker, deployment=deployment, state=state)
+    await fleet.poll()
+    assert fleet.deployment(deployment.pk).starts_in == starts_in
+
+
+async def test_it_knows_when_the_next_one_is_tried_and_that_none_will_be(fleet):
+    deployment = await make(make_deployment, route="chat")
+    node = await make(make_node)
+
+    def fail() -> None:
+        make_worker(deployment=deployment, node=node, replica=0, state=WorkerState.FAILED, cause="crashed")
+
+    waits = []
+    for _ in range(CRASH_LOOP):
+        await in_database(fail)
+        await fleet.poll()
+        waits.append(fleet.deployment(deployment.pk).starts_in)
+    assert waits == [0.0, *(pytest.approx(pause, abs=2) for pause in (10, 20, 40)), None]
+    await in_database(retry_deployment, deployment=deployment, by="test")
+    await fleet.poll()
+    assert fleet.deployment(deployment.pk).starts_in == 0.0
+
+
+@pytest.mark.parametrize("why", ["scaled to 0", "no node"])
+async def test_where_none_can_come_it_knows_that_too(fleet, why):
+    deployment = await make(make_deployment, route="chat")
+    worker = await make(make_worker, deployment=deployment)
+    if why == "no node":
+        await make(Node.objects.filter(pk=worker.node_id).update, state=NodeState.OFFLINE)
+        await make(Worker.objects.filter(pk=worker.pk).update, state=WorkerState.LOST)
+    else:
+        await make(Deployment.objects.filter(pk=deployment.pk).update, replicas=0)
+        await make(Worker.objects.filter(pk=worker.pk).update, state=WorkerState.DRAINING)
+    await fleet.poll()
+    assert fleet.deployment(deployment.pk).starts_in is None
 
 
 async def test_a_change_is_seen_at_the_next_poll_without_reading_everything_each_time(fleet):

@@ -14,6 +14,7 @@ from django.db.models import Sum
 from hypothesis import given
 from hypothesis import strategies as st
 
+from registry.actions.budgets import find_subject
 from registry.actions.prices import rerate, set_price
 from registry.actions.rollups import HOUR, roll_up
 from registry.actions.usage import record_usage
@@ -22,7 +23,7 @@ from registry.errors import InvalidInput
 from registry.models import BudgetPeriod, Event, Price, Route, UsageEvent
 from registry.models.price import MOST_MICROS
 from registry.states import Outcome
-from tests.factories import make_budget, make_price
+from tests.factories import make_budget, make_deployment, make_price
 from tests.usage import make_event
 
 NOON = datetime(2026, 3, 10, 12, tzinfo=UTC)
@@ -137,6 +138,28 @@ def test_of_two_prices_of_one_instant_the_later_entry_counts() -> None:
     assert PriceBook(["chat"]).in_force("chat", NOON) == second
 
 
+@pytest.mark.django_db
+def test_an_adapter_pays_its_own_price_else_its_bases_else_every_others() -> None:
+    make_price("", request_micros=1)
+    make_price("chat", request_micros=2)
+    make_price("chat:law", request_micros=3, starts_at=NOON)
+    record_usage(
+        [
+            event(request_id="own", route="chat:law", base="chat"),
+            event(request_id="before", route="chat:law", base="chat", started_at=NOON - HOUR),
+            event(request_id="bases", route="chat:sql", base="chat"),
+            # A route that somebody named so is no adapter.
+            event(request_id="named", route="chat:7b"),
+        ]
+    )
+    charged = dict(UsageEvent.objects.values_list("request_id", "cost_micros"))
+    assert charged == {"own": 3, "before": 2, "bases": 2, "named": 1}
+    make_price("chat", request_micros=7, starts_at=NOON - HOUR)
+    done = rerate(since=NOON - HOUR, until=NOON + HOUR, route="chat", dry_run=False)
+    assert (done.events, done.corrected, done.difference_micros) == (3, 2, 10)
+    assert UsageEvent.objects.get(request_id="bases#r1").base == "chat"
+
+
 # -- setting them
 
 
@@ -146,6 +169,15 @@ def test_a_price_is_noted_in_the_timeline() -> None:
     price = set_price(price=Price(route="chat", input_micros=5), by="anna")
     noted = Event.objects.get(kind="price", object_id=price.pk)
     assert (noted.what, noted.by, noted.data["input_micros"]) == ("set", "anna", 5)
+
+
+@pytest.mark.django_db
+def test_an_adapter_of_a_deployment_can_have_a_price_and_a_budget_of_its_own() -> None:
+    make_deployment(route="chat", engine="vllm", arguments={"lora_adapters": {"law": "/x"}})
+    assert set_price(price=Price(route="chat:law", input_micros=5), by="anna").pk
+    assert find_subject("route", "chat:law") == ("chat:law", "chat:law")
+    with pytest.raises(InvalidInput):
+        set_price(price=Price(route="chat:none", input_micros=5), by="anna")
 
 
 @pytest.mark.django_db

@@ -22,7 +22,7 @@ AUTH = {"Authorization": f"Bearer {SECRET}"}
 
 
 async def until(
-    question: Callable[[], Awaitable[bool] | bool], what: str, *, seconds: float = 10.0, every: float = 0.02
+    question: Callable[[], Awaitable[bool] | bool], what: str, *, seconds: float = 30.0, every: float = 0.02
 ) -> float:
     """Ask until the answer is yes; returns how long that took."""
     started = time.monotonic()

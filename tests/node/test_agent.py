@@ -39,12 +39,17 @@ from inference.protocol import (
     NodeOrders,
     NodeReport,
     ProcessReport,
+    UnwantedCopy,
     Wish,
     WorkerPhase,
 )
+from inference.sources import parse_source
+from inference.sources.cache import write_manifest
+from inference.sources.prepare import slot_of
 from inference.worker.spec import ProcessState
 
 SECRET = "s3cret-of-the-node"
+PACKAGE = f"package:tiny-weights==1.0#sha256={'5' * 64}"
 ROOT = Path(__file__).resolve().parents[2]
 
 # Stands in for `python -m inference.worker` where a test needs a behaviour that a well worker
@@ -193,7 +198,7 @@ def assignment(worker_id: int = 1, epoch: int = 1, **changes: Any) -> Assignment
     return Assignment(**(values | changes))
 
 
-async def until(true: Callable[[], Any], seconds: float = 10.0) -> Any:
+async def until(true: Callable[[], Any], seconds: float = 30.0) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := true()):
         assert time.monotonic() < deadline, "waited too long"
@@ -763,6 +768,69 @@ async def test_a_copy_that_nobody_wants_any_more_is_ended(
     await until(lambda: not copies_of(gateway))
 
 
+def fetched(cache: Path, name: str, source: str) -> Path:
+    """A prepared copy of 7 bytes, and a download that was interrupted."""
+    place = slot_of(name, parse_source(source), cache)  # type: ignore[arg-type]
+    place.path.mkdir(parents=True)
+    place.partial.mkdir()
+    (place.path / "config.json").write_text("{a: 1}\n")
+    write_manifest(place.path, key=place.key, source=source, sha256="")
+    return place.path
+
+
+async def test_an_unwanted_copy_is_deleted_from_the_cache_and_nothing_else(
+    gateway: Gateway, start: Start, cache: Path, tmp_path: Path
+) -> None:
+    gone, kept = (fetched(cache, name, PACKAGE) for name in ("tiny", "other"))
+    given = tmp_path / "given"
+    given.mkdir()
+    hostile = [PACKAGE, str(given), f"{cache}/models", "package:../..==1#sha256=" + "0" * 64, "", "/"]
+    unwanted = [UnwantedCopy(name="tiny", source=source) for source in hostile]
+    unwanted += [UnwantedCopy(name=name, source=PACKAGE) for name in ("../given", "never-there")]
+    gateway.orders = NodeOrders(unwanted=unwanted)
+    start()
+    await until(lambda: gateway.reports and len(gateway.reports[-1].deleted) == len(unwanted))
+    told = {(copy.name, copy.source): copy.freed_bytes for copy in gateway.reports[-1].deleted}
+    assert told.pop(("tiny", PACKAGE)) == 7
+    assert set(told.values()) == {0}
+    assert not gone.exists()
+    left = {path for path in (cache / "models").iterdir() if path.suffix != ".lock"}
+    assert left == {kept, kept.with_name(f".{kept.name}.part")}
+    assert given.is_dir()
+    assert (kept / "config.json").is_file()
+    gateway.orders = NodeOrders()
+    await until(lambda: not gateway.reports[-1].deleted)
+
+
+async def test_a_copy_that_a_worker_here_is_to_load_stays_until_it_is_not(
+    gateway: Gateway, start: Start, cache: Path
+) -> None:
+    path = fetched(cache, "tiny", PACKAGE)
+    used = assignment(engine="transformers", model=ModelSpec(id=5, name="tiny", source=PACKAGE))
+    unwanted = [UnwantedCopy(name="tiny", source=PACKAGE)]
+    gateway.orders = NodeOrders(assignments=[used], unwanted=unwanted)
+    start()
+    await until(lambda: gateway.running_pid(1))
+    beats = len(gateway.reports)
+    await until(lambda: len(gateway.reports) > beats + 2)
+    assert path.is_dir()
+    gateway.orders = NodeOrders(unwanted=unwanted)
+    await until(lambda: not path.exists())
+
+
+async def test_a_copy_that_somebody_prepares_is_deleted_afterwards(
+    gateway: Gateway, start: Start, cache: Path
+) -> None:
+    path = fetched(cache, "tiny", PACKAGE)
+    gateway.orders = NodeOrders(unwanted=[UnwantedCopy(name="tiny", source=PACKAGE)])
+    with slot_of("tiny", parse_source(PACKAGE), cache).locked():  # type: ignore[arg-type]
+        start()
+        await until(lambda: len(gateway.reports) > 3)
+        assert path.is_dir()
+        assert not any(report.deleted for report in gateway.reports)
+    await until(lambda: not path.exists())
+
+
 # -- the gateway and the broker away
 
 
@@ -806,16 +874,16 @@ def nudge(app: Celery, generation: int) -> None:
 
 async def nudged(app: Celery, gateway: Gateway) -> None:
     """Wait until one nudge, sent just after a beat, brings the next one long before its time."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while True:
-        await next_beat(gateway, seconds=5)
+        await next_beat(gateway)
         nudge(app, 1)
         with contextlib.suppress(AssertionError):
             return await next_beat(gateway, seconds=1)
         assert time.monotonic() < deadline, "no nudge was heard"
 
 
-async def next_beat(gateway: Gateway, seconds: float = 10) -> None:
+async def next_beat(gateway: Gateway, seconds: float = 30) -> None:
     beats = len(gateway.reports)
     await until(lambda: len(gateway.reports) > beats, seconds)
 
@@ -870,7 +938,9 @@ async def test_the_listener_ends_with_a_killed_agent(
     gateway: Gateway, start_process: StartProcess, redis: Redis, data: Path
 ) -> None:
     agent = start_process(redis.url)
-    await until(lambda: processes_with("inference.agent.app", str(data)))
+    with control_app(redis) as app:
+        # One that still begins does not look after its agent yet.
+        await nudged(app, gateway)
     agent.end(signal.SIGKILL)
     await until(lambda: not processes_with("inference.agent.app", str(data)), seconds=3.0)
 

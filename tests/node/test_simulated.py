@@ -97,14 +97,24 @@ def test_the_stop_string_that_ended_a_text_is_told() -> None:
 
 
 async def test_the_pace_is_kept_without_drift() -> None:
-    started = time.monotonic()
-    deltas = await answer(make_engine(tokens_per_second=50), "!tokens 10")
-    assert len(deltas) == 10
-    assert 0.2 <= time.monotonic() - started < 0.4
+    # The machine may pause in one of them; drift would be in all.
+    for _ in range(3):
+        started = time.monotonic()
+        deltas = await answer(make_engine(tokens_per_second=50), "!tokens 10")
+        took = time.monotonic() - started
+        assert len(deltas) == 10
+        assert took >= 0.2
+        if took < 0.4:
+            break
+    assert took < 0.4
 
 
 async def test_a_given_text_is_the_answer() -> None:
     assert text(await answer(make_engine(text=" a  b\nc "), "hi")) == " a  b\nc"
+
+
+async def test_a_word_is_said_as_often_as_there_are_tokens() -> None:
+    assert text(await answer(make_engine(), "!say nonce-1 !tokens 3")) == "nonce-1 nonce-1 nonce-1"
 
 
 async def test_a_prompt_longer_than_the_context_is_refused() -> None:

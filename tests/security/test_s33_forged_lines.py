@@ -93,7 +93,7 @@ def test_what_clients_send_stays_in_its_line(served: Served, logged: io.StringIO
     for control in CONTROLS:
         browser.post("/login/", {"username": FORGED.format(control), "password": "y"})
         browser.get("/nothing/", {"q": FORGED.format(control)})
-    eventually(lambda: logged.getvalue().count('"event": "request"') > 20, "the requests are logged")
+    eventually(lambda: logged.getvalue().count('"event":"request"') > 20, "the requests are logged")
     lines = logged.getvalue().split("\n")
     assert len(lines) > 100
     for line in filter(None, lines):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from django.contrib.auth import get_user_model
 from django.test import Client
@@ -39,7 +41,8 @@ HOSTILE: list[tuple[str, bytes]] = [
 
 
 def sent(served: Served, path: str, kind: str, body: bytes, *more: str) -> Answer:  # noqa: F811
-    """The quickest of some: what else this machine does is not what is judged."""
+    """With the CPU seconds that the gateway, which runs in this process, took for it: the least of some. What
+    else this machine does is not what is judged."""
     head = [
         f"POST {path} HTTP/1.1",
         "Host: localhost",
@@ -49,11 +52,15 @@ def sent(served: Served, path: str, kind: str, body: bytes, *more: str) -> Answe
         *more,
     ]
     request = "\r\n".join([*head, "", ""]).encode("latin-1") + body
-    best = served.raw(request)
-    for _ in range(3):
+    best = None
+    for _ in range(4):
+        began = time.process_time()
+        answer = served.raw(request)
+        answer.seconds = time.process_time() - began
+        best = min(best or answer, answer, key=lambda one: one.seconds)
         if best.seconds < 0.2:
             break
-        best = min(best, served.raw(request), key=lambda one: one.seconds)
+    assert best is not None
     return best
 
 

@@ -12,11 +12,15 @@ from openai_api.continuation import FOLDED_EVENTS, GoingOn, Said, says_nothing
 QUESTION = {"role": "user", "content": "Tell me."}
 
 
-def event(text: str | None = None, *, finish: str | None = None, **delta: Any) -> bytes:
+def event(
+    text: str | None = None, *, finish: str | None = None, ids: list[int] | None = None, **delta: Any
+) -> bytes:
     if text is not None:
         delta["content"] = text
     choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-    usage = {"prompt_tokens": 4, "completion_tokens": 1, "total_tokens": 5}
+    usage: dict[str, Any] = {"prompt_tokens": 4, "completion_tokens": 1, "total_tokens": 5}
+    if ids is not None:
+        usage["token_ids"] = ids
     return b"data: " + msgspec.json.encode(
         {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
         | {"choices": [choice], "usage": usage}
@@ -129,3 +133,50 @@ def test_the_first_event_of_a_chat_says_nothing():
     assert not says_nothing(event("", finish="stop"))
     assert not says_nothing(b"data: [1]")
     assert not says_nothing(b'data: {"choices":[{"index":0,"text":""}]}')
+
+
+SAME = frozenset({"continue_final_message", "continue_token_ids"})
+
+
+def test_who_serves_the_same_model_goes_on_after_the_tokens():
+    has = said(event("Once", ids=[7]), event(" upon", ids=[8, 9]))
+    found, by_text = going_on(has, tokens=3, max_tokens=10, min_tokens=4)
+    exact = found.body_for(SAME, same_model=True)
+    assert exact is not None
+    assert msgspec.json.decode(exact) == {
+        "model": "m",
+        "messages": [QUESTION],
+        "max_tokens": 10,
+        "min_tokens": 4,
+        "continue_token_ids": [7, 8, 9],
+    }
+    assert by_text["messages"][-1]["content"] == "Once upon"
+    assert found.body_for(SAME, same_model=False) == found.body
+    assert found.body_for(frozenset({"continue_final_message"}), same_model=True) == found.body
+    assert found.tokens_left == 7
+
+
+def test_tokens_that_are_not_all_known_are_of_no_use():
+    assert going_on(said(event("Once", ids=[7]), event(" upon")), tokens=2)[0].exact is None
+
+
+def test_thoughts_and_prompts_of_ids_go_on_after_the_tokens_alone():
+    thought = said(event(reasoning="Hm.", ids=[7]), event("Once", ids=[8]))
+    prompted = Said()
+    usage = {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4, "token_ids": [7, 8]}
+    prompted.add(b"data: " + msgspec.json.encode({"choices": [{"text": "a", "index": 0}], "usage": usage}))
+    for has, body in ((thought, {"messages": [QUESTION]}), (prompted, {"prompt": [1, 2]})):
+        found = has.continued(msgspec.json.encode(body), tokens=2)
+        assert found is not None
+        assert (found.body, found.needs) == (None, frozenset({"continue_token_ids"}))
+        assert msgspec.json.decode(found.body_for(SAME, same_model=True) or b"") == body | {
+            "continue_token_ids": [7, 8]
+        }
+        assert found.body_for(SAME, same_model=False) is None
+
+
+def test_an_answer_that_was_not_told_why_it_ended_has_not():
+    assert not said(event("Once")).ends()
+    assert said(event("Once"), event("", finish="stop")).ends()
+    assert not said(event('"finish_reason":"stop"')).ends()
+    assert said(*(event("x") for _ in range(FOLDED_EVENTS - 2)), event("", finish="length")).ends()

@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from openai_api.dialects import Dialect, dialect_of
+from inference.errors import WorkerRefused
+from openai_api.dialects import Dialect, dialect_of, field_meant, for_model
 from openai_api.generation import _TAIL
 
 CHAT = "/v1/chat/completions"
@@ -197,3 +198,34 @@ def test_what_is_no_object_is_told(sent: bytes) -> None:
         dialect().whole(sent)
     with pytest.raises(msgspec.DecodeError):
         dialect().event(b"data: " + sent)
+
+
+def refusal(message: str, param: str | None) -> WorkerRefused:
+    return WorkerRefused(
+        400, msgspec.json.encode({"error": {"message": message, "param": param, "code": 400}})
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "chat", "text"),
+    [
+        ("This model's maximum context length is 8 tokens.", "input_tokens", "messages", "prompt"),
+        ("This model's maximum context length is 8 tokens.", "input_text", "messages", "prompt"),
+        ("Token id 99 is out of vocabulary", None, "messages", "prompt"),
+        ("temperature must be non-negative", "temperature", "temperature", "temperature"),
+        ("something else", None, None, None),
+    ],
+)
+def test_a_refusal_names_the_clients_field(
+    message: str, param: str | None, chat: str | None, text: str | None
+) -> None:
+    assert field_meant(refusal(message, param), "/v1/chat/completions") == chat
+    assert field_meant(refusal(message, param), "/v1/completions") == text
+
+
+def test_a_request_for_another_model_is_otherwise_the_same() -> None:
+    said = b'{"role":"user","content":"a \\"model\\""}'
+    body = b'{"model":"org/base:sql","messages":[' + said + b'],"seed":12345678901234567}'
+    told = for_model(body, "lora:sql")
+    assert msgspec.json.decode(told) == msgspec.json.decode(body) | {"model": "lora:sql"}
+    assert told.startswith(b'{"model":"lora:sql",')

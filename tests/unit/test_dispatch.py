@@ -14,8 +14,8 @@ from inference.dispatch.dispatcher import Dispatcher
 from inference.dispatch.fleet import Fleet
 from inference.dispatch.leases import FADE_SECONDS, FRESH_SECONDS, Tally
 from inference.dispatch.queue import Wish
-from inference.dispatch.views import DeploymentView, RouteView, WorkerView
-from inference.errors import NoCapacity
+from inference.dispatch.views import DeploymentView, RouteView, Timeouts, WorkerView
+from inference.errors import NoCapacity, NoWorker
 from inference.protocol import Load
 
 
@@ -28,6 +28,7 @@ def worker(worker_id: int, **facts) -> WorkerView:
         "deployment_id": 1,
         "deployment_name": "deployment",
         "engine": "simulated",
+        "revision_id": 1,
         "url": "http://127.0.0.1:9",
         "secret": "secret",
         "slots": 1,
@@ -216,7 +217,7 @@ async def test_the_deadline_in_the_queue_is_no_capacity(fleet, dispatcher):
     one = deployment(1, worker(1), queue_seconds=0.05)
     fleet.see(one)
     held = await dispatcher.acquire(route(one))
-    with pytest.raises(NoCapacity, match="busy"):
+    with pytest.raises(NoCapacity, match="was free"):
         await dispatcher.acquire(route(one))
     assert dispatcher.waiting(1) == 0
     held.release()
@@ -226,10 +227,48 @@ async def test_the_deadline_in_the_queue_is_no_capacity(fleet, dispatcher):
 async def test_without_a_live_worker_nobody_waits(fleet, dispatcher):
     one = deployment(1)
     fleet.see(one)
-    with pytest.raises(NoCapacity, match="No live worker"):
+    with pytest.raises(NoWorker, match="No worker serves the model `route` now"):
         await dispatcher.acquire(route(one))
-    with pytest.raises(NoCapacity, match="No live worker"):
+    with pytest.raises(NoWorker):
         await dispatcher.acquire(RouteView(name="empty", targets=()))
+
+
+async def test_while_a_replacement_starts_requests_wait_for_it(fleet, dispatcher):
+    one = deployment(1, starts_in=3.0, queue_limit=2)
+    fleet.see(one)
+    waiting = [asyncio.create_task(dispatcher.acquire(route(one))) for _ in range(2)]
+    await queued(dispatcher, 2)
+    with pytest.raises(NoCapacity, match="full"):
+        await dispatcher.acquire(route(one))
+    fleet.see(replace(one, workers=(worker(1, slots=2),), starts_in=0.0))
+    assert {(await each).worker.id for each in waiting} == {1}
+
+
+async def test_for_a_replacement_nobody_waits_longer_than_for_a_busy_worker(fleet, dispatcher):
+    fleet.see(deployment(1, starts_in=0.0, queue_seconds=0.05))
+    with pytest.raises(NoCapacity, match="was free"):
+        await dispatcher.acquire(route(deployment(1)))
+    assert dispatcher.waiting(1) == 0
+
+
+async def test_one_that_starts_too_late_is_not_waited_for_and_the_client_is_told_when(fleet, dispatcher):
+    one = deployment(1, starts_in=40.0, queue_seconds=30.0)
+    fleet.see(one)
+    with pytest.raises(NoWorker) as refused:
+        await dispatcher.acquire(route(one))
+    assert refused.value.retry_after == 40.0
+    patient = replace(route(one), timeouts=Timeouts(queue=60.0))
+    waiting = asyncio.create_task(dispatcher.acquire(patient))
+    await queued(dispatcher, 1)
+    waiting.cancel()
+
+
+async def test_whose_worker_has_died_of_it_or_with_it_does_not_wait_for_the_next(fleet, dispatcher):
+    one = deployment(1, starts_in=0.0)
+    fleet.see(one)
+    with pytest.raises(NoCapacity):
+        await dispatcher.acquire(route(one), Wish(avoid=frozenset({1})))
+    assert dispatcher.waiting(1) == 0
 
 
 async def test_a_worker_that_becomes_ready_serves_those_that_wait(fleet, dispatcher):

@@ -9,6 +9,7 @@ import pytest
 
 from inference.dispatch.demand import Demand
 from inference.dispatch.queue import LONGEST_RETRY_SECONDS, PATIENCE_SECONDS, Queue, Waiter, Wish
+from tests.cost import cpu_seconds
 
 
 class Clock:
@@ -134,3 +135,60 @@ async def test_what_they_are_told_is_bounded(queue, clock):
     assert queue.retry_after() <= 1.25 * LONGEST_RETRY_SECONDS
     clock.now += 1000
     assert queue.retry_after() <= 3, "the pace of long ago says nothing"
+
+
+async def test_who_waits_long_with_many_gets_no_more_than_his_share(queue, clock):
+    """A project that has so many waiting that each of them waits for longer than its patience."""
+    served = Counter()
+    for _ in range(400):
+        while sum(waiter.wish.project == 1 for waiter in queue._waiters) < 90:
+            wait(queue, clock, project=1)
+        while sum(waiter.wish.project == 2 for waiter in queue._waiters) < 4:
+            wait(queue, clock, project=2)
+        clock.now += 0.1
+        served[serve(queue).wish.project] += 1
+    assert served[1] == pytest.approx(served[2], rel=0.05)
+
+
+async def test_a_full_queue_is_shared(queue, clock):
+    many = [wait(queue, clock, project=1) for _ in range(10)]
+    assert queue.make_room(Wish(project=2))
+    assert many[-1].future.exception().retry_after > 0
+    assert many[-1].sent_away
+    assert len(queue) == 9
+    for _ in range(4):
+        wait(queue, clock, project=2)
+    assert queue.make_room(Wish(project=2)), "nine and four"
+    assert not queue.make_room(Wish(project=1)), "it has the most itself"
+    for _ in range(3):
+        wait(queue, clock, project=2)
+    assert not queue.make_room(Wish(project=2)), "eight and seven"
+    assert served_fairly(queue)
+
+
+def served_fairly(queue: Queue) -> bool:
+    """Those sent away are not counted as served."""
+    return 3 <= projects_served(queue, 8).count(1) <= 5
+
+
+async def test_nobody_more_urgent_is_sent_away(queue, clock):
+    urgent = [wait(queue, clock, project=1, rank=0) for _ in range(5)]
+    assert not queue.make_room(Wish(project=2, rank=1))
+    lazy = wait(queue, clock, project=1, rank=2)
+    wait(queue, clock, project=1, rank=0)
+    assert queue.make_room(Wish(project=2, rank=1))
+    assert lazy.sent_away
+    assert not any(one.future.done() for one in urgent)
+
+
+async def test_places_in_a_long_queue_are_looked_up_twice_a_second(queue, clock):
+    waiters = [wait(queue, clock, project=1) for _ in range(1000)]
+    assert queue.place(waiters[700]) == 700
+    assert [queue.place(waiter) for waiter in waiters] == list(range(1000))
+    took = cpu_seconds(lambda: [queue.place(waiter) for waiter in waiters], enough=0.2)
+    assert took < 0.2, "each looked up alone, they would take half a second"
+    late = wait(queue, clock, project=1)
+    assert queue.place(late) == 1000
+    serve(queue)
+    clock.now += 0.5
+    assert queue.place(waiters[700]) == 699

@@ -64,6 +64,8 @@ def test_peppers_follow_the_secret_key_unless_they_are_given(tmp_path):
         ("ROUNDHOUSE_ALLOWED_HOSTS", "example.org,*"),
         ("ROUNDHOUSE_KEY_PEPPERS", "1:zz"),
         ("ROUNDHOUSE_KEY_PEPPERS", "one:" + "00" * 32),
+        ("ROUNDHOUSE_UPSTREAM_HOSTS", "10.0.0.1/8"),
+        ("ROUNDHOUSE_UPSTREAM_HOSTS", "https://api.example.com"),
         ("ROUNDHOUSE_LOG_LEVEL", "loud"),
         ("ROUNDHOUSE_CURRENCY", "euros"),
         ("ROUNDHOUSE_CURRENCY", "€"),

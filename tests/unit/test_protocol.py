@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import msgspec
@@ -16,6 +15,7 @@ from openai_api.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, RERANK, Endpoint
 from openai_api.errors import InvalidRequest
 from openai_api.parsing import check_headers
 from openai_api.protocol.sampled import IGNORED, NEUTRAL, OWNED
+from tests.cost import cpu_seconds
 
 pytestmark = pytest.mark.usefixtures("steady")
 
@@ -513,15 +513,17 @@ EVERY_FIELD = [
 
 def judged(endpoint: Endpoint, body: bytes) -> None:
     """Accepted or refused as a client is told it, in less than 50 ms of our time."""
-    began = time.process_time()
-    problem = None
-    try:
-        call = endpoint.parse(body)
-        call.forwarded(call.needs())
-    except InvalidRequest as error:
-        problem = error
-    assert problem is None or len(f"{problem}{problem.param}") < 1200
-    assert time.process_time() - began < 0.05
+    problem: list[InvalidRequest] = []
+
+    def once() -> None:
+        try:
+            call = endpoint.parse(body)
+            call.forwarded(call.needs())
+        except InvalidRequest as error:
+            problem.append(error)
+
+    assert cpu_seconds(once, enough=0.05) < 0.05
+    assert all(len(f"{one}{one.param}") < 1200 for one in problem)
 
 
 @pytest.mark.parametrize(("endpoint", "field"), EVERY_FIELD, ids=lambda one: getattr(one, "path", one))
@@ -561,11 +563,9 @@ def test_any_json_in_any_field_is_accepted_or_refused(
 def test_a_plain_request_is_read_in_60_microseconds() -> None:
     messages = [{"role": "system", "content": "be kind"}, USER]
     body = msgspec.json.encode({"model": "m", "messages": messages, "stream": True, "temperature": 0.7})
-    best = 1.0
-    for _ in range(20):
-        began = time.process_time()
-        for _ in range(200):
-            call = CHAT.parse(body)
-            call.forwarded(call.needs())
-        best = min(best, (time.process_time() - began) / 200)
-    assert best < 60e-6
+
+    def once() -> None:
+        call = CHAT.parse(body)
+        call.forwarded(call.needs())
+
+    assert cpu_seconds(once, tries=20, times=200) < 60e-6

@@ -21,6 +21,7 @@ from inference.reconcile import (
     StopWorker,
     WorkerFact,
     failures_in_a_row,
+    next_start,
     place,
     plan,
     vanished_together,
@@ -453,3 +454,33 @@ def test_an_update_under_way_is_told() -> None:
     found = status(wish(2), workers=[worker(0), worker(1, revision_id=1)])
     assert found.state == DeploymentState.READY
     assert found.reason == "1 worker(s) still to be updated."
+
+
+# -- When the next one is started
+
+
+@pytest.mark.parametrize("count", range(8))
+@pytest.mark.parametrize("replicas", [0, 1, 2])
+@pytest.mark.parametrize("online", [True, False])
+@pytest.mark.parametrize("lost", [True, False])
+def test_the_next_start_is_when_a_worker_is_created(
+    count: int, replicas: int, online: bool, lost: bool
+) -> None:
+    nodes = [node(state=NodeState.ONLINE if online else NodeState.OFFLINE)]
+    workers = [worker(state=LOST, state_changed_at=NOW - seconds(5))] if lost and replicas else []
+    known = facts(workers, nodes, failures(count, ago=5))
+    at = next_start(wish(replicas), known, NOW)
+    if at is None:
+        for later in (0, 1000):
+            assert created(plan([wish(replicas)], known, NOW + seconds(later))) == []
+        return
+    assert created(plan([wish(replicas)], known, at))
+    if at > NOW:
+        assert not created(plan([wish(replicas)], known, at - seconds(0.01)))
+
+
+def test_where_most_nodes_vanished_only_what_was_never_there_is_started() -> None:
+    nodes = [node(number, NodeState.OFFLINE, silent=20) for number in (1, 2)] + [node(3)]
+    lost = worker(state=LOST)
+    assert next_start(wish(1), facts([lost], nodes), NOW) is None
+    assert next_start(wish(2), facts([lost], nodes), NOW) == NOW

@@ -6,8 +6,9 @@
     arguments.py  what an operator may set, checked
     folder.py     what kind of model a folder holds, and whether loading it is safe
     loading.py    folder -> encoder, every refusal with its cause
+    packing.py    no padding, where the model can do without
     tokens.py     texts and token ids -> pieces that fit the model
-    batcher.py    pieces in, rows out: the thread that runs the model
+    batcher.py    pieces in, rows out: the threads that run the model
 
 Importing this package imports no torch; importing `engine` does.
 """

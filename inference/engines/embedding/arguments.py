@@ -23,9 +23,9 @@ class Arguments:
     context_length: int | None = None
     """Lowers the model's own limit of tokens per input."""
     max_batch_tokens: int | None = None
-    """Most tokens in one step, padding counted. None: 1024 on cpu, 16384 on an accelerator."""
+    """Most tokens in one step, padding counted. None: 512 on cpu, 16384 on an accelerator."""
     threads: int | None = None
-    """Processor threads of one step."""
+    """Processor threads in all; on cpu, two steps run at a time with half of them each."""
 
 
 def read_arguments(given: Mapping[str, Any]) -> Arguments:

@@ -1,4 +1,4 @@
-"""Dynamic batching: the one thread that runs the model, and the queue in front of it.
+"""Dynamic batching: the threads that run the model, one step each at a time, and the queue in front of them.
 
 Requests that come within two milliseconds, or while a step runs, share the next steps. A request of
 many inputs gives a few to each round, so that a single one never waits behind two thousand others.
@@ -59,23 +59,42 @@ class _Taken:
 
 
 class Batcher:
-    """Runs pieces through `encode`. Made and asked on one event loop; `start` begins its thread."""
+    """Runs pieces through `encode`. Made and asked on one event loop; `start` begins its threads.
 
-    def __init__(self, encode: Encode, *, batch_tokens: int, loop: asyncio.AbstractEventLoop) -> None:
+    `lanes`: how many steps run at a time. `padded`: a step costs as if all its pieces were as long as the
+    longest.
+    """
+
+    def __init__(
+        self,
+        encode: Encode,
+        *,
+        batch_tokens: int,
+        loop: asyncio.AbstractEventLoop,
+        padded: bool = True,
+        lanes: int = 1,
+    ) -> None:
         self._encode = encode
         self._batch_tokens = batch_tokens
+        self._padded = padded
         self._loop = loop
         self._wake = threading.Condition()
         self._jobs: deque[_Job] = deque()
         self._open = 0
-        self._in_step = 0
+        self._in_step: list[set[_Job]] = [set() for _ in range(lanes)]
         self._steps = 0
         self._tokens = 0
+        self._failures = 0
+        """Failed steps in a row."""
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._run, args=(in_step,), name="engine", daemon=True)
+            for in_step in self._in_step
+        ]
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     async def run(self, pieces: Sequence[Piece]) -> Row:
         """One row per piece. A caller that goes away takes what was not begun out of the queue.
@@ -90,7 +109,7 @@ class Batcher:
             left=len(pieces),
         )
         with self._wake:
-            if self._stopping or not self._thread.is_alive():
+            if self._stopping or not self.alive():
                 raise EngineError("The engine is stopping.")
             self._jobs.append(job)
             self._open += 1
@@ -105,43 +124,44 @@ class Batcher:
 
     def report(self) -> Load:
         with self._wake:
-            running = min(self._in_step, self._open)
+            running = min(len(set().union(*self._in_step)), self._open)
             return Load(running=running, waiting=self._open - running, steps=self._steps, tokens=self._tokens)
 
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        """False once one of the threads has ended."""
+        return all(thread.is_alive() for thread in self._threads)
 
     def stop(self, timeout: float) -> None:
+        until = time.monotonic() + timeout
         with self._wake:
             self._stopping = True
-            self._wake.notify()
-        self._thread.join(timeout)
+            self._wake.notify_all()
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
-    # -- the thread
+    # -- the threads
 
-    def _run(self) -> None:
-        failures = 0
-        while failures < FAILURES and (taken := self._collect()) is not None:
-            for step in steps(taken, self._batch_tokens):
+    def _run(self, in_step: set[_Job]) -> None:
+        while self._failures < FAILURES and (taken := self._collect(in_step)) is not None:
+            for step in steps(taken, self._batch_tokens, padded=self._padded):
                 try:
                     rows = self._encode([each.piece for each in step])
                 except Exception as error:
                     logger.exception("A step of %d inputs failed.", len(step))
-                    failures += 1
                     self._tell(step, None, error)
                     continue
-                failures = 0
                 self._tell(step, rows, None)
             with self._wake:
-                self._in_step = 0
+                in_step.clear()
         with self._wake:
             self._stopping = True
+            self._wake.notify_all()
             left = list(self._jobs)
             self._jobs.clear()
         self._call(self._fail, left)
 
-    def _collect(self) -> list[_Taken] | None:
-        """The next inputs to run, one step's tokens or so; None when it is time to end."""
+    def _collect(self, in_step: set[_Job]) -> list[_Taken] | None:
+        """The next inputs to run, at most one step's tokens of them; None when it is time to end."""
         with self._wake:
             while not self._jobs and not self._stopping:
                 self._wake.wait()
@@ -155,17 +175,24 @@ class Batcher:
                 self._wake.wait(left)
             taken: list[_Taken] = []
             tokens = 0
-            while self._jobs and tokens < self._batch_tokens:
+            full = False
+            while self._jobs and not full:
                 job = self._jobs.popleft()
-                for at in range(job.next, min(job.next + TURN, len(job.pieces))):
-                    taken.append(_Taken(job, at))
+                first = job.next
+                for at in range(first, min(first + TURN, len(job.pieces))):
                     tokens += len(job.pieces[at].ids)
-                    job.next = at + 1
-                    if tokens >= self._batch_tokens:
+                    full = tokens > self._batch_tokens
+                    if full and taken:
                         break
-                if job.next < len(job.pieces):
+                    taken.append(_Taken(job, at))
+                    job.next = at + 1
+                if job.next == first:
+                    self._jobs.appendleft(job)  # the next step begins with what found no room in this
+                elif job.next < len(job.pieces):
                     self._jobs.append(job)
-            self._in_step = len({id(each.job) for each in taken})
+            in_step.update(each.job for each in taken)
+            if self._jobs:
+                self._wake.notify()  # they may all have woken this thread
             return taken
 
     def _waiting_tokens(self) -> int:
@@ -180,6 +207,7 @@ class Batcher:
     def _tell(self, step: list[_Taken], rows: Row | None, error: Exception | None) -> None:
         with self._wake:
             self._steps += 1
+            self._failures = self._failures + 1 if rows is None else 0
             if rows is not None:
                 self._tokens += sum(len(each.piece.ids) for each in step)
         self._call(self._deliver, step, rows, error)
@@ -211,19 +239,16 @@ class Batcher:
                 job.future.set_exception(EngineError("The engine ended."))
 
 
-def steps(taken: list[_Taken], batch_tokens: int) -> list[list[_Taken]]:
-    """Cut into steps of like lengths, longest first, none of more than `batch_tokens` with its padding."""
+def steps(taken: list[_Taken], batch_tokens: int, *, padded: bool) -> list[list[_Taken]]:
+    """Cut into steps of like lengths, longest first, none of more than `batch_tokens` with its padding, if
+    there is any."""
     made: list[list[_Taken]] = []
-    longest = 0
+    tokens = 0
     for each in sorted(taken, key=lambda each: (each.piece.prompt_tokens, -len(each.piece.ids))):
-        length = len(each.piece.ids)
-        if (
-            made
-            and (len(made[-1]) + 1) * longest <= batch_tokens
-            and made[-1][0].piece.prompt_tokens == each.piece.prompt_tokens
-        ):
-            made[-1].append(each)
-        else:
-            made.append([each])
-            longest = length
+        first = made[-1][0].piece if made else each.piece
+        tokens += len(first.ids if padded else each.piece.ids)
+        if not made or tokens > batch_tokens or first.prompt_tokens != each.piece.prompt_tokens:
+            made.append([])
+            tokens = len(each.piece.ids)
+        made[-1].append(each)
     return made

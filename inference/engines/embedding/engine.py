@@ -85,7 +85,13 @@ class EmbeddingEngine:
         loaded = await ready
         if isinstance(loaded, LoadError):
             raise loaded
-        batcher = Batcher(loaded.encode, batch_tokens=loaded.batch_tokens, loop=loop)
+        batcher = Batcher(
+            loaded.encode,
+            batch_tokens=loaded.batch_tokens,
+            loop=loop,
+            padded=loaded.padded,
+            lanes=loaded.lanes,
+        )
         batcher.start()
         self._loaded, self._batcher = loaded, batcher
         self.context_length = loaded.tokens.limit
@@ -212,11 +218,11 @@ class EmbeddingEngine:
         return Load() if self._batcher is None else self._batcher.report()
 
     def healthy(self) -> bool:
-        """False once the model's thread has ended. Before `load` there is nothing to be ill."""
+        """False once a thread of the model's has ended. Before `load` there is nothing to be ill."""
         return self._batcher is None or self._batcher.alive()
 
     async def close(self) -> None:
-        """End the model's thread, open answers with it. May be called twice."""
+        """End the model's threads, open answers with it. May be called twice."""
         batcher, self._batcher = self._batcher, None
         self._reader.shutdown(wait=False, cancel_futures=True)
         if batcher is not None:

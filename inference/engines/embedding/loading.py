@@ -15,14 +15,18 @@ from transformers.utils import logging as transformers_logging
 from inference.engines.base import EngineSpec, LoadError
 from inference.engines.embedding.arguments import Arguments
 from inference.engines.embedding.folder import Kind, ModelFolder, read_folder
+from inference.engines.embedding.packing import EXAMPLES, pack
 from inference.engines.embedding.tokens import Piece, Tokens
 from inference.engines.transformers.loading import check_folder, choose_device, is_out_of_memory, refusal
 from inference.protocol import Cause, Progress
 
 logger = logging.getLogger("roundhouse.engine")
 
-CPU_BATCH_TOKENS = 1024
+CPU_BATCH_TOKENS = 512
 """Others wait while a step runs: below a second for a small model, a few for a large one."""
+CPU_LANES = 2
+"""Steps at a time, each with its part of the threads: a step's threads wait for one another after every
+operation, and for whatever else takes their core."""
 ACCELERATOR_BATCH_TOKENS = 16_384
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,6 +42,10 @@ class Loaded:
     encode: Encode
     tokens: Tokens
     batch_tokens: int
+    lanes: int
+    """Steps that may run at a time."""
+    padded: bool
+    """A step takes as long as if all its pieces were as long as the longest."""
     width: int
     """Numbers in a row."""
     normalised: bool
@@ -138,12 +146,20 @@ def _loaded(
             "not normalised.",
             pooling.pooling_mode,
         )
-    encode = _encoder(model, device, tokens, folder.kind)
+    threads = torch.get_num_threads()
+    lanes = CPU_LANES if device.type == "cpu" and threads >= CPU_LANES and not _remembers(first) else 1
+    encode = _encoder(model, device, tokens, folder.kind, threads // lanes)
+    packed = False
+    if folder.kind == Kind.ENCODER and device.type == "cpu":
+        examples = [tokens.input(text, param="input", keep=-1) for text in EXAMPLES]
+        packed = pack(first, encode, examples)
     return Loaded(
         folder=folder,
-        encode=encode,
+        encode=lambda pieces: encode(pieces, packed),
         tokens=tokens,
         batch_tokens=batch_tokens,
+        lanes=lanes,
+        padded=not packed,
         width=1 if folder.kind == Kind.CROSS_ENCODER else int(model.get_embedding_dimension()),
         normalised=any(type(module).__name__ == "Normalize" for module in model),
     )
@@ -161,17 +177,35 @@ def _limit(model: Any, lowered: int | None) -> int:
             "The model does not say how many tokens it reads: give the argument 'context_length'.",
         )
     limit = min(known)
-    offset = getattr(config, "pad_token_id", None)
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") and isinstance(offset, int):
-        # These count positions from one behind the padding's id.
-        limit = min(limit, int(config.max_position_embeddings) - offset - 1)
+    if first := _first_position(config):
+        limit = min(limit, int(config.max_position_embeddings) - first)
     return limit
 
 
-def _encoder(model: Any, device: torch.device, tokens: Tokens, kind: Kind) -> Encode:
-    def encode(pieces: Sequence[Piece]) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _first_position(config: Any) -> int:
+    """Some count positions from one behind the padding's id."""
+    offset = getattr(config, "pad_token_id", None)
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") and isinstance(offset, int):
+        return offset + 1
+    return 0
+
+
+def _remembers(transformer: Any) -> bool:
+    """One step changes what the next is computed with: positions that are stretched to the longest text."""
+    rope = str(getattr(transformer.config.get_text_config(), "rope_parameters", None))
+    return "dynamic" in rope or "longrope" in rope
+
+
+def _encoder(
+    model: Any, device: torch.device, tokens: Tokens, kind: Kind, threads: int
+) -> Callable[[Sequence[Piece], bool], np.ndarray[Any, np.dtype[np.float32]]]:
+    first_position = _first_position(model[0].config.get_text_config())
+
+    def encode(pieces: Sequence[Piece], packed: bool) -> np.ndarray[Any, np.dtype[np.float32]]:
+        torch.set_num_threads(threads)  # of the thread that asks
+        arrays = tokens.packed(pieces, first_position) if packed else tokens.batch(pieces)
         features: dict[str, Any] = {
-            name: torch.from_numpy(array).to(device) for name, array in tokens.batch(pieces).items()
+            name: torch.from_numpy(array).to(device) for name, array in arrays.items()
         }
         features["modality"] = "text"
         if pieces[0].prompt_tokens:

@@ -116,6 +116,21 @@ class Tokens:
         rows = {"input_ids": ids, "attention_mask": mask}
         return rows | {"token_type_ids": kinds} if self._with_kinds else rows
 
+    def packed(
+        self, pieces: Sequence[Piece], first_position: int
+    ) -> dict[str, np.ndarray[Any, np.dtype[np.int64]]]:
+        """What a model that needs no padding is given: all pieces in one row, and where each ends."""
+        lengths = [len(piece.ids) for piece in pieces]
+        rows = {
+            "input_ids": np.array([[token for piece in pieces for token in piece.ids]], dtype=np.int64),
+            "position_ids": np.concatenate([np.arange(length) for length in lengths])[None] + first_position,
+            "cu_seq_lens_q": np.cumsum([0, *lengths]),
+        }
+        if self._with_kinds:
+            kinds = [kind for piece in pieces for kind in piece.kinds]
+            rows["token_type_ids"] = np.array([kinds], dtype=np.int64)
+        return rows
+
     def _single(self, text: str, prompt: str, param: str, keep: int | None) -> Piece:
         frame = self._backend.num_special_tokens_to_add(False)
         most = self._most(keep, frame)

@@ -4,8 +4,11 @@
     arguments.py  what an operator may set, checked
     loading.py    folder -> model and tokenizer, every refusal with its cause
     prompt.py     messages -> token ids
+    placing.py    on which devices the weights are, and in how many bits
     batcher.py    token ids in, token ids out: the thread that runs the model
+    static.py     the same in static batches, for models that cannot do otherwise
     attention.py  how each request of a batch looks at its own tokens
+    linear.py     how bfloat16 weights are multiplied by on processors
     choices.py    what a request asks of its tokens, checked
     sampling.py   how each request of a batch chooses its next token
     adjusting.py  what a request forbids, adds and takes off before that

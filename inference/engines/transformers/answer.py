@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from inference.engines.base import Delta, Detail, GenerationRequest, Token
 from inference.engines.reasoning import Thoughts
@@ -41,13 +42,27 @@ class Answer:
         self._min_tokens = sampling.min_tokens
         self._prompt_tokens = len(prompt)
         self._tokens = 0
+        self._begun = 0
+        self._untold: list[int] = []
         self._telling = Telling(vocabulary) if wants_tokens(request) else None
         # An echo has told it.
         self._prompt = tuple(prompt) if request.token_ids and not request.echo else None
 
+    def resume(self, tokens: Sequence[int], *, most: int) -> Delta | None:
+        """Take the answer's first tokens, whose deltas were told already. If they are the whole answer, which
+        has at most so many, the delta that says so; it has no text."""
+        self._begun = len(tokens)
+        for at, token in enumerate(tokens, start=1):
+            delta = self.take(token, last=token in self._ends or at >= most)
+            if delta is not None and delta.finish_reason is not None:
+                return replace(delta, text="", completion_tokens=0, ids=(), detail=None)
+        self._untold.clear()
+        return None
+
     def take(self, token: int, *, last: bool, likely: Likely | None = None) -> Delta | None:
         """The delta this token makes; None while its text is kept back."""
         self._tokens += 1
+        self._untold.append(token)
         ends = last and token in self._ends
         piece = "" if ends and not self._shows_end else self._text_of(token)
         if last:
@@ -71,12 +86,15 @@ class Answer:
             reason = None
         if not text and not thought and reason is None:
             return None
+        ids = tuple(self._untold)
+        self._untold.clear()
         return Delta(
             text=text,
             prompt_tokens=self._prompt_tokens,
-            completion_tokens=self._tokens,
+            completion_tokens=self._tokens - self._begun,
             finish_reason=reason,
             stop=stop,
+            ids=ids,
             detail=self._detail(thought, text, ended=reason is not None),
         )
 
@@ -153,6 +171,27 @@ def echoed(
     if "".join(pieces) != given:  # it has special tokens that nobody wrote
         pieces = _pieces(prompt, Detokenizer(vocabulary.text))
     return tuple(told(*one, vocabulary) for one in zip(prompt, pieces, likely, strict=True))
+
+
+def prompt_logprobs(
+    prompt: Sequence[int], likely: Sequence[Likely | None], vocabulary: Vocabulary
+) -> list[dict[str, dict[str, Any]] | None]:
+    """What is said of a prompt's tokens, in vLLM's words."""
+
+    def entry(id_: int, logprob: float, rank: int) -> dict[str, Any]:
+        text = vocabulary.raw(id_).decode(errors="replace")
+        return {"logprob": logprob, "rank": rank, "decoded_token": text}
+
+    told: list[dict[str, dict[str, Any]] | None] = []
+    for id_, one in zip(prompt, likely, strict=True):
+        if one is None:
+            told.append(None)
+            continue
+        entries = {str(id_): entry(id_, one.logprob, one.rank)}
+        for rank, (other, logprob) in enumerate(one.top, 1):
+            entries.setdefault(str(other), entry(other, logprob, rank))
+        told.append(entries)
+    return told
 
 
 def _pieces(prompt: Sequence[int], text: Detokenizer) -> list[str]:

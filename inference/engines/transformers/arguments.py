@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from inference.engines import arguments
+from inference.engines.memory import QUANTIZATIONS
 from inference.engines.tool_forms import FORMS
+
+OFFLOADS = ("cpu", "disk")
 
 CHOICES = {
     "device": arguments.DEVICES,
     "dtype": arguments.DTYPES,
+    "quantization": QUANTIZATIONS,
+    "offload": OFFLOADS,
     "tool_call_parser": tuple(FORMS),
 }
 LEAST: dict[str, int] = {
@@ -19,6 +24,9 @@ LEAST: dict[str, int] = {
     "kv_cache_bytes": 1,
     "max_batch_tokens": 16,
     "threads": 1,
+    "devices": 1,
+    "device_memory_bytes": 1,
+    "cpu_memory_bytes": 1,
 }
 
 
@@ -30,6 +38,17 @@ class Arguments:
     """`auto`: cuda, else mps, else cpu."""
     dtype: str = "auto"
     """`auto`: bfloat16 where the device computes in it, else float16 (mps) or float32."""
+    quantization: str | None = None
+    """`8bit` or `4bit` (nf4), made by bitsandbytes while the weights are read. None: as `dtype` says."""
+    devices: int = 1
+    """Accelerators that the weights are split over, evenly: the first so many that the worker sees."""
+    device_memory_bytes: int | None = None
+    """Most bytes of weights on each accelerator."""
+    offload: str | None = None
+    """Where weights go that the devices have no room for: `cpu`, the machine's memory, or `disk`, which also
+    reads from the model's files what that has no room for. Slow. None: nowhere."""
+    cpu_memory_bytes: int | None = None
+    """Most bytes of weights in the machine's memory, with `offload`."""
     context_length: int | None = None
     """Lowers the model's own limit."""
     kv_cache_bytes: int | None = None

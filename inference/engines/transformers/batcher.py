@@ -20,7 +20,7 @@ from typing import Any
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from inference.engines.base import EngineError
-from inference.engines.transformers import attention
+from inference.engines.transformers import attention, linear
 from inference.engines.transformers.loading import Loaded
 from inference.engines.transformers.sampling import KEY, Choice, Row, Sampler
 from inference.protocol import Load
@@ -68,6 +68,7 @@ class Batcher:
         self._numbers = itertools.count()
         self._tokens = 0
         self._ended = False
+        linear.pack_in(loaded.model)
         self._manager = _manager(loaded, slots)
         attention.use_in(loaded.model)
         self._manager.output_router = _Router(self)

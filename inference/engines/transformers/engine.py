@@ -22,8 +22,9 @@ from inference.engines.base import (
     check_token_ids,
     too_long,
 )
+from inference.engines.chat import unsupported
 from inference.engines.tool_forms import HERMES, Form
-from inference.engines.transformers.answer import Answer, echoed, wants_tokens
+from inference.engines.transformers.answer import Answer, echoed, prompt_logprobs, wants_tokens
 from inference.engines.transformers.arguments import read_arguments
 from inference.engines.transformers.batcher import Batcher
 from inference.engines.transformers.choices import Choices
@@ -33,10 +34,14 @@ from inference.engines.transformers.loading import Loaded, is_out_of_memory, loa
 from inference.engines.transformers.prompt import Prompts
 from inference.engines.transformers.sampling import GREEDY
 from inference.engines.transformers.scoring import Scoring
+from inference.engines.transformers.static import StaticBatcher
 from inference.engines.transformers.text import Vocabulary
 from inference.protocol import Cause, Load, Progress
 
 logger = logging.getLogger("roundhouse.engine")
+
+AnyBatcher = Batcher | StaticBatcher
+_Prepared = tuple[Loaded, Forms, AnyBatcher, int]
 
 _CAPABILITIES = frozenset(
     {
@@ -58,9 +63,11 @@ _CAPABILITIES = frozenset(
         "allowed_token_ids",
         "n",
         "echo",
+        "prompt_logprobs",
         "logprobs",
         "top_logprobs",
         "return_token_ids",
+        "continue_token_ids",
         "add_generation_prompt",
         "continue_final_message",
         "chat_template_kwargs",
@@ -69,6 +76,10 @@ _CAPABILITIES = frozenset(
         "endpoint:tokenize",
     }
 )
+_PAGED_ONLY = frozenset({"echo", "prompt_logprobs"})
+"""What a static batch cannot do: a prompt's own tokens have no scores there."""
+_DECODER_ONLY = frozenset({"add_generation_prompt", "continue_final_message", "continue_token_ids"})
+"""What needs a prompt that the answer continues."""
 STOP_SECONDS = 4.0
 WARM_UP_TOKENS = 2
 
@@ -92,7 +103,7 @@ class TransformersEngine:
     async def load(self, progress: Callable[[Progress], None]) -> None:
         """Get ready to generate, reporting progress. Raises LoadError."""
         loop = asyncio.get_running_loop()
-        ready: asyncio.Future[tuple[Loaded, Forms, Batcher, int]] = loop.create_future()
+        ready: asyncio.Future[_Prepared] = loop.create_future()
 
         def tell(callback: Callable[..., object], *about: object) -> None:
             try:
@@ -110,7 +121,7 @@ class TransformersEngine:
                 loaded = load(self._spec, self._arguments, report)
                 report(Progress(step="warming up"))
                 forms = self._forms_of(loaded)
-                batcher = Batcher(loaded, self._spec.slots, loop)
+                batcher = (Batcher if loaded.paged else StaticBatcher)(loaded, self._spec.slots, loop)
                 room = batcher.prepare()
             except BaseException as error:
                 tell(_settle, ready, _as_load_error(error))
@@ -124,6 +135,10 @@ class TransformersEngine:
         loaded, forms, batcher, room = await ready
         self._serving = serving = _Serving(loaded, forms, batcher, self._spec.chat_template)
         self.capabilities |= forms.capabilities
+        if not loaded.paged:
+            self.capabilities -= _PAGED_ONLY
+        if loaded.model.config.is_encoder_decoder:
+            self.capabilities -= _DECODER_ONLY
         self.tool_form = forms.tool_form
         if not serving.prompts.can_chat:
             self.capabilities -= {"endpoint:chat"}
@@ -133,6 +148,8 @@ class TransformersEngine:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
         """Yield the answer. Closing the iterator aborts. See `Engine.generate` for what it raises."""
         serving, sampling = self._ready(), request.sampling
+        if request.echo and "echo" not in self.capabilities:
+            raise unsupported("echo")
         choice = serving.choices.of(
             sampling,
             sample=request.sample,
@@ -149,10 +166,12 @@ class TransformersEngine:
             prompt = await serving.prompts.encode_text(request.prompt)
             # Beyond them the batching thread would end.
             check_token_ids(prompt, serving.readable)
+        begun = list(request.begun)
+        check_token_ids(begun, serving.readable, param="continue_token_ids")
         left = self.context_length - len(prompt)
         if left < 1:
             raise too_long(self.context_length, len(prompt), request)
-        if request.echo or sampling.max_tokens == 0:
+        if request.echo or sampling.max_tokens == 0 or request.prompt_logprobs is not None:
             yield await serving.prompt_of(request, prompt)
             if sampling.max_tokens == 0:
                 return
@@ -160,12 +179,6 @@ class TransformersEngine:
         if grammar is not None:  # when its form is whole, the answer ends
             choice = replace(choice, grammar=grammar, ends=tuple({*choice.ends, *serving.forms.eos}))
         ends = frozenset(choice.ends)
-        ticket = serving.batcher.submit(
-            prompt,
-            max_tokens=left if sampling.max_tokens is None else min(sampling.max_tokens, left),
-            eos=ends,
-            choice=choice,
-        )
         answer = Answer(
             request,
             serving.vocabulary,
@@ -173,6 +186,15 @@ class TransformersEngine:
             prompt=prompt,
             thoughts=serving.forms.thoughts_of(request, prompt),
             shown=serving.forms.shown(request),
+        )
+        most = left if sampling.max_tokens is None else min(sampling.max_tokens, left)
+        if begun:
+            whole = answer.resume(begun, most=most)
+            if whole is not None:
+                yield whole
+                return
+        ticket = serving.batcher.submit(
+            prompt + begun, max_tokens=most - len(begun), eos=ends, choice=replace(choice, begun=len(begun))
         )
         likely = iter(ticket.told)  # as long as the tokens are, or nothing at all
         try:
@@ -248,7 +270,7 @@ class TransformersEngine:
             raise EngineError("The engine is not loaded.")
         return self._serving
 
-    async def _warm_up(self, batcher: Batcher) -> None:
+    async def _warm_up(self, batcher: AnyBatcher) -> None:
         """Answer one tiny prompt: the first step is the slow one, and a model that cannot is not ready."""
         ticket = batcher.submit([0] * 8, max_tokens=WARM_UP_TOKENS, eos=frozenset(), choice=GREEDY)
         try:
@@ -263,7 +285,7 @@ class TransformersEngine:
 class _Serving:
     """What there is once a model is loaded."""
 
-    def __init__(self, loaded: Loaded, forms: Forms, batcher: Batcher, chat_template: str | None) -> None:
+    def __init__(self, loaded: Loaded, forms: Forms, batcher: AnyBatcher, chat_template: str | None) -> None:
         tokenizer, model = loaded.tokenizer, loaded.model
         backend = tokenizer.backend_tokenizer
         self.forms = forms
@@ -292,6 +314,11 @@ class _Serving:
                     likely = await self.scoring.likely(prompt, request.top_logprobs)
                 tokens = echoed(prompt, given, likely, self.vocabulary)
             detail = Detail(tokens=tokens, prompt_token_ids=tuple(prompt) if request.token_ids else None)
+        if request.prompt_logprobs is not None:
+            scored = await self.scoring.likely(prompt, request.prompt_logprobs)
+            detail = replace(
+                detail or Detail(), prompt_logprobs=prompt_logprobs(prompt, scored, self.vocabulary)
+            )
         return Delta(
             text=given,
             prompt_tokens=len(prompt),
@@ -305,7 +332,7 @@ def _scored(model: Any) -> int:
     """The model scores tokens with ids below."""
     readable: int = model.get_input_embeddings().num_embeddings
     scored = model.get_output_embeddings()
-    return readable if scored is None else min(readable, scored.weight.shape[0])
+    return readable if scored is None else min(readable, scored.out_features)
 
 
 def _as_load_error(error: BaseException) -> LoadError:
@@ -320,8 +347,8 @@ def _as_load_error(error: BaseException) -> LoadError:
 
 
 def _settle(
-    future: asyncio.Future[tuple[Loaded, Forms, Batcher, int]],
-    outcome: tuple[Loaded, Forms, Batcher, int] | LoadError,
+    future: asyncio.Future[_Prepared],
+    outcome: _Prepared | LoadError,
 ) -> None:
     if future.done():
         return

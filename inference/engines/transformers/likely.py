@@ -19,6 +19,8 @@ class Likely:
     logprob: float
     top: list[tuple[int, float]]
     """Ids of the likeliest tokens in its place and their logarithmic probabilities, likeliest first."""
+    rank: int = 0
+    """How many tokens were as likely or more, itself included; 0 where nobody counted."""
 
 
 def likeliest(logprobs: torch.Tensor, chosen: torch.Tensor, counts: Sequence[int]) -> list[Likely]:

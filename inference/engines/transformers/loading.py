@@ -12,12 +12,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from inference.engines.base import EngineSpec, LoadError
+from inference.engines.memory import cache_per_token, estimate
+from inference.engines.transformers import placing
 from inference.engines.transformers.arguments import Arguments
 from inference.protocol import Cause, Progress
+from inference.sources.check import CODE_FORMATS, read_object, refuse_code
+from inference.sources.headers import read_safetensors
+from inference.sources.source import SourceError
 
 logger = logging.getLogger("roundhouse.engine")
 
@@ -32,8 +37,6 @@ ACCELERATOR_PAGE = 256
 """What paged attention kernels want."""
 MASK_BYTES = GIB // 4
 """Bound of the attention mask, which is max_batch_tokens wide and as long as the whole cache."""
-
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +56,8 @@ class Loaded:
     tokenizer: Any
     plan: CachePlan
     eos: frozenset[int]
+    paged: bool
+    """Continuous batching can run it."""
 
 
 def load(spec: EngineSpec, arguments: Arguments, progress: Callable[[Progress], None]) -> Loaded:
@@ -72,32 +77,89 @@ def load(spec: EngineSpec, arguments: Arguments, progress: Callable[[Progress], 
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise refusal(error, folder, "The model's tokenizer is missing or damaged.") from error
+    model = _read(folder, arguments, device, dtype)
+    placing.check_places(placing.places(model), arguments)
+    placing.settle(model)
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise LoadError(Cause.MISSING_FILE, "The model has no tokenizer.json.")
+    progress(Progress(step="loading weights", done=size, total=size))
+    plan = plan_cache(model.config.get_text_config(decoder=True), dtype, device, spec.slots, arguments)
+    _tell_memory(folder, model, plan, arguments, device, dtype)
+    return Loaded(
+        model=model.eval(), tokenizer=tokenizer, plan=plan, eos=_eos(model, tokenizer), paged=_is_paged(model)
+    )
+
+
+def _read(folder: Path, arguments: Arguments, device: torch.device, dtype: torch.dtype) -> Any:
+    otherwise = "The model's files cannot be understood."
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise refusal(error, folder, otherwise) from error
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    places = placing.options(config, arguments, device, dtype)
+    try:
+        model, info = kind.from_pretrained(
             folder,
             dtype=dtype,
-            device_map=None if device.type == "cpu" else {"": device},
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **places,
         )
     except Exception as error:
-        raise refusal(error, folder, "The model's files cannot be understood.") from error
+        raise placing.cannot_read(config, error, device) or refusal(error, folder, otherwise) from error
     if info["missing_keys"]:
         # transformers fills what is missing with random numbers and goes on.
         raise LoadError(
             Cause.MISSING_FILE,
             f"The weights are not complete: {len(info['missing_keys'])} tensors are missing.",
         )
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        raise LoadError(Cause.MISSING_FILE, "The model has no tokenizer.json.")
-    progress(Progress(step="loading weights", done=size, total=size))
-    return Loaded(
-        model=model.eval(),
-        tokenizer=tokenizer,
-        plan=plan_cache(model.config.get_text_config(), dtype, device, spec.slots, arguments),
-        eos=_eos(model, tokenizer),
+    return model
+
+
+def _is_paged(model: Any) -> bool:
+    """Whether continuous batching can run the model: one device, and attention of the kinds that it pages."""
+    config = model.config.get_text_config(decoder=True)
+    return (
+        not model.config.is_encoder_decoder
+        and not placing.is_split(model)
+        and model._supports_attention_backend
+        and not model._is_stateful
+        and not getattr(config, "kv_lora_rank", None)
+        and set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
+    )
+
+
+def _tell_memory(
+    folder: Path,
+    model: Any,
+    plan: CachePlan,
+    arguments: Arguments,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    placed = placing.places(model)
+    try:
+        expected = estimate(
+            folder,
+            dtype=str(dtype).removeprefix("torch."),
+            quantization=arguments.quantization,
+            tokens=(plan.blocks or 0) * plan.page,
+            device=device.type,
+        )
+    except SourceError as error:  # what was loaded is loaded: this is for people
+        logger.warning("What memory the model takes cannot be said: %s", error.detail)
+        return
+    logger.info(
+        "event=memory weights=%d (%s; estimated %d) cache=%s cache_per_token=%d overhead=%d",
+        sum(placed.values()),
+        placing.shown(placed),
+        expected.weights,
+        expected.cache or "what is free",
+        expected.cache_per_token,
+        expected.overhead,
     )
 
 
@@ -109,7 +171,7 @@ def plan_cache(
     A request that outgrows the whole cache would end the batching thread, so where memory is short
     the context is lowered to what fits (or the arguments are refused when they demand both).
     """
-    context = getattr(config, "max_position_embeddings", None)
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if arguments.context_length is not None:
         context = min(context or arguments.context_length, arguments.context_length)
     if context is None:
@@ -125,7 +187,8 @@ def plan_cache(
         return CachePlan(page=page, blocks=None, batch_tokens=batch, context_length=context)
 
     budget = arguments.kv_cache_bytes or CPU_KV_CACHE_BYTES
-    fitting = budget // _bytes_per_token(config, dtype) // page * page
+    per_token = max(1, cache_per_token(config.to_dict(), dtype.itemsize))
+    fitting = budget // per_token // page * page
     if fitting < context:
         if arguments.context_length is None and fitting >= page:
             logger.warning(
@@ -167,19 +230,30 @@ def out_of_memory(what: str) -> LoadError:
 
 
 def check_folder(folder: Path) -> int:
-    """Bytes of the weights. Only safetensors count: pickles can carry code."""
+    """Bytes of the weights. Only safetensors count, whose headers must be true: pickles can carry code, and
+    what reads the weights trusts their headers. The model may not name code either: a second wall behind
+    preparation's, before transformers looks at it."""
     if not folder.is_dir():
         raise LoadError(Cause.MISSING_FILE, "The model's folder is missing.")
     if not (folder / "config.json").is_file():
         raise LoadError(Cause.MISSING_FILE, "The model's folder has no config.json.")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        if any(next(folder.glob(pattern), None) for pattern in PICKLES):
+        found = {path.suffix.lower() for path in folder.iterdir()} & CODE_FORMATS
+        if found:
             raise LoadError(
                 Cause.UNSAFE_FORMAT,
-                "The model's weights are pickle files, which can carry code. Convert them to safetensors.",
+                f"The model's weights are in a format that can carry code ({', '.join(sorted(found))}). "
+                "Convert them to safetensors.",
             )
         raise LoadError(Cause.MISSING_FILE, "The model's folder has no safetensors weights.")
+    try:
+        read_object(folder / "config.json")
+        refuse_code(folder, [path.name for path in folder.iterdir() if path.is_file()])
+        for path in weights:
+            read_safetensors(path)
+    except SourceError as error:
+        raise LoadError(error.cause, error.detail) from None
     return sum(path.stat().st_size for path in weights)
 
 
@@ -232,13 +306,6 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.float16
     # Elsewhere bfloat16 works too, but slower than float32.
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-
-
-def _bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Keys and values of all layers for one token."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)
 
 
 def _eos(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -15,8 +15,12 @@ from typing import Any
 from jinja2 import Environment
 from jinja2.exceptions import TemplateSyntaxError
 
-RENDER_SECONDS = 0.3
-"""Of this thread's processor: a template that loops ends within about a second on a busy machine too."""
+RENDER_SECONDS = 0.15
+"""Of this thread's processor, for a short conversation. A single step, which nobody interrupts, may take
+twice as long as all before it took: that of a number which is squared again and again does."""
+RENDER_SECONDS_PER_CHARACTER = 0.5e-6
+"""More for each that is given: about three times what 4,000 messages take, so that a slow machine renders
+them too."""
 RENDERED_CHARACTERS = 200_000
 """What a template may write of its own, beside what it is given."""
 RENDERED_TIMES = 4
@@ -55,7 +59,10 @@ def bounded(given_characters: int) -> Iterator[None]:
     much, or needs too much memory. Looked at line by line of a template: an exception that another thread
     raises here could come too late, and hit somebody else. A single step is not interrupted: one that
     makes something huge has made it before it is looked at."""
-    watch = _Watch(RENDERED_CHARACTERS + RENDERED_TIMES * given_characters)
+    watch = _Watch(
+        characters=RENDERED_CHARACTERS + RENDERED_TIMES * given_characters,
+        seconds=RENDER_SECONDS + RENDER_SECONDS_PER_CHARACTER * given_characters,
+    )
     before = sys.gettrace()
     sys.settrace(watch.enter)
     try:
@@ -65,9 +72,9 @@ def bounded(given_characters: int) -> Iterator[None]:
 
 
 class _Watch:
-    def __init__(self, characters: int) -> None:
+    def __init__(self, *, characters: int, seconds: float) -> None:
         self._characters = characters
-        self._until = time.thread_time() + RENDER_SECONDS
+        self._until = time.thread_time() + seconds
         self._memory = 0
         self._next_look = time.perf_counter() + _LOOK_SECONDS
         self._inside = False

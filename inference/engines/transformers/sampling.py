@@ -71,6 +71,8 @@ class Choice:
     top_logprobs: int | None = None
     """Tell each token's logarithmic probability and those of so many likeliest ones; None: neither."""
     grammar: Grammar | None = None
+    begun: int = 0
+    """So many of the prompt's last tokens are the answer's first ones."""
 
     @property
     def adjusts(self) -> bool:
@@ -150,7 +152,7 @@ class Sampler:
         rows: list[Row] = [state.logit_processor_kwargs.get(KEY, _GREEDY_ROW) for state in states]
         self._choices = [row.choice for row in rows]
         self._special = [
-            _Special(at, row, states[at].request_id, *_tokens_of(states[at]))
+            _Special(at, row, states[at].request_id, *_tokens_of(states[at], row.choice.begun))
             for at, row in enumerate(rows)
             if not (row.plain or row.failed)
         ]
@@ -194,9 +196,9 @@ class Sampler:
         self._fail(one.request_id, error)
 
 
-def _tokens_of(state: Any) -> tuple[list[int], list[int]]:
+def _tokens_of(state: Any, begun: int) -> tuple[list[int], list[int]]:
     """Prompt and answer so far. Those of a request that began again stand together as its prompt."""
-    given = state._true_initial_tokens or len(state.initial_tokens)
+    given = (state._true_initial_tokens or len(state.initial_tokens)) - begun
     return state.initial_tokens[:given], state.initial_tokens[given:] + state.generated_tokens
 
 

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,4 +57,7 @@ class Scoring:
                 input_ids=torch.tensor([piece], device=device), past_key_values=cache, use_cache=True
             )
             logprobs = out.logits[0].float().log_softmax(-1)
-            return likeliest(logprobs, torch.tensor(following, device=device), [top] * len(following))
+            chosen = torch.tensor(following, device=device)
+            ranks = (logprobs >= logprobs.gather(-1, chosen.unsqueeze(-1))).sum(-1).tolist()
+            likely = likeliest(logprobs, chosen, [top] * len(following))
+            return [replace(one, rank=rank) for one, rank in zip(likely, ranks, strict=True)]

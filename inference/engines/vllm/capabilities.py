@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from inference.engines.vllm.arguments import Arguments
+from inference.protocol import LORA
 
 _SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p", "stop", "seed", "n", "logit_bias"),
@@ -26,6 +27,7 @@ _REASONING = ("reasoning_effort", "thinking_token_budget")
 def capabilities(arguments: Arguments, *, chat: bool) -> frozenset[str]:
     """`chat`: the model has a template. Beam search is left out: one request could take all the memory."""
     found = {*_SAMPLING, *_SHAPE, "endpoint:completions", "endpoint:tokenize"}
+    found.update(LORA + name for name in arguments.lora_adapters or ())
     if chat:
         found.add("endpoint:chat")
         if arguments.tool_call_parser is not None:

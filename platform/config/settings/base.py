@@ -5,6 +5,7 @@ import sys
 import dj_database_url
 
 from config.env import ROOT, BadEnvironment, celery_broker, read_env
+from registry.keys import redis_prefix
 
 try:
     ENV = read_env()
@@ -137,6 +138,7 @@ ROUNDHOUSE_REDIS_URL = ENV.redis_url
 ROUNDHOUSE_KEY_PEPPERS = ENV.key_peppers
 ROUNDHOUSE_CORS_ORIGINS = ENV.cors_origins
 ROUNDHOUSE_TRUSTED_PROXIES = ENV.trusted_proxies
+ROUNDHOUSE_UPSTREAM_HOSTS = ENV.upstream_hosts
 ROUNDHOUSE_METRICS_TOKEN = ENV.metrics_token
 ROUNDHOUSE_CURRENCY = ENV.currency
 ROUNDHOUSE_USAGE_DAYS = ENV.usage_days
@@ -158,6 +160,8 @@ CELERY_BROKER_URL = celery_broker(ENV.redis_url)
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
 CELERY_BROKER_CONNECTION_MAX_RETRIES = None
 CELERY_BROKER_TRANSPORT_OPTIONS = {
+    # Several installations may share a Redis: each has its own queues.
+    "global_keyprefix": redis_prefix(SECRET_KEY),
     # A Redis that hangs must not hang control.
     "socket_connect_timeout": 2,
     "socket_timeout": 5,

@@ -336,6 +336,9 @@ class Chat {
       case "sent":
         this.taken(frame);
         break;
+      case "waiting":
+        this.views.get(frame.message)?.wait(frame.ahead, frame.seconds);
+        break;
       case "delta":
         this.views.get(frame.message)?.push(frame.text);
         break;

@@ -12,7 +12,7 @@ export class Composer {
     this.area = byId("composer-text");
     this.sendButton = byId("send");
     this.stopButton = byId("stop");
-    this.key = "draft:new";
+    this.key = null; // until a conversation is opened nobody knows whose draft it is
     this.busy = false;
     const touch = matchMedia("(pointer: coarse)");
     const hint = () => {
@@ -43,10 +43,12 @@ export class Composer {
     this.stopButton.addEventListener("click", onStop);
   }
 
-  /** Show the draft of a conversation, null for a new one. */
+  /** Show the draft of a conversation, null for a new one. What was typed before the first of them was
+   * there stays: a page is seen before its scripts have run. */
   open(id) {
+    const early = this.key === null ? this.area.value : "";
     this.key = `draft:${id ?? "new"}`;
-    this.set(drafts.getItem(this.key) ?? "");
+    this.set(early || (drafts.getItem(this.key) ?? ""));
   }
 
   /** A new conversation was given its id: its draft goes along. */
@@ -63,8 +65,10 @@ export class Composer {
   }
 
   keep() {
-    if (this.area.value) drafts.setItem(this.key, this.area.value);
-    else drafts.removeItem(this.key);
+    if (this.key !== null) {
+      if (this.area.value) drafts.setItem(this.key, this.area.value);
+      else drafts.removeItem(this.key);
+    }
     this.sendButton.disabled = this.busy || !this.area.value.trim();
   }
 

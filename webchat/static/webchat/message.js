@@ -4,6 +4,8 @@ import { AnswerView, showAnswer } from "./answer.js";
 import { copyButton, element, icon, iconButton } from "./dom.js";
 import { attachMenu } from "./menu.js";
 
+const GENERATING = "Generating…";
+
 export class MessageView {
   /**
    * @param {object} message
@@ -35,7 +37,17 @@ export class MessageView {
     this.showFoot();
   }
 
+  /** All workers are busy: `ahead` answers come first, and this one in about `seconds`, if that is known. */
+  wait(ahead, seconds) {
+    const word = this.foot.querySelector(".word");
+    if (!word) return;
+    const place = ahead ? `Waiting: ${ahead} ahead` : "Waiting: next in line";
+    word.textContent = seconds === null ? place : `${place}, about ${Math.max(1, Math.round(seconds))} s`;
+  }
+
   push(text) {
+    const word = this.foot.querySelector(".word");
+    if (word && !this.root.classList.contains("started")) word.textContent = GENERATING;
     this.root.classList.add("started");
     this.answer.push(text);
   }
@@ -51,7 +63,7 @@ export class MessageView {
     this.root.dataset.state = message.state;
     if (message.state === "generating") {
       this.foot.replaceChildren(
-        element("span", { class: "working" }, element("span", { class: "pulse", "aria-hidden": "true" }), "Generating…"),
+        element("span", { class: "working" }, element("span", { class: "pulse", "aria-hidden": "true" }), element("span", { class: "word" }, GENERATING)),
       );
       return;
     }

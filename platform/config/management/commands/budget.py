@@ -37,7 +37,7 @@ class Command(BaseCommand):
         )
         whose.add_argument("--project", help="Of all keys of a project.")
         whose.add_argument("--user", help="Of the keys that a person owns, and their chats.")
-        whose.add_argument("--route", help="Of everybody's requests of a model.")
+        whose.add_argument("--route", help="Of everybody's requests of a model and its adapters.")
         set_.add_argument("--limit", required=True, help="An amount of money, or of tokens with --tokens.")
         set_.add_argument("--tokens", action="store_true", help="Count tokens, not money.")
         set_.add_argument("--per", choices=BudgetPeriodName.values, default="month")

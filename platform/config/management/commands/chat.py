@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from config.asking import Answer, Api, Unanswered
+from config.conversation import Conversation, Unusable
 from config.first_run import read_credentials
 from config.printing import printable
 
-HELP = "/reset starts anew, /system TEXT sets the system prompt, /exit leaves; Ctrl-C stops an answer."
+FENCE = '"""'
+_COMMAND = re.compile(r"/[a-z?]+")
+"""`/usr/bin is where?` is a question."""
+SHORT_HELP = "/help tells the commands; Ctrl-C stops an answer, /exit or Ctrl-D leaves."
+HELP = f"""\
+/regenerate   another answer to the last message
+/history      what was said so far
+/system TEXT  set the system prompt (empty: none) and begin anew
+/reset        begin anew
+/save FILE    keep the conversation in a file
+/load FILE    go on with one that was kept
+/exit         leave
+A line that ends with \\ goes on in the next; {FENCE} begins and ends a message of several lines.
+Ctrl-C stops an answer and keeps what came; at the prompt it drops what was typed."""
 
 
 class Command(BaseCommand):
@@ -25,6 +42,7 @@ class Command(BaseCommand):
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("model", nargs="?", help="Default: the model that `manage.py up` deployed.")
         parser.add_argument("--system", default="", help="The system prompt.")
+        parser.add_argument("--load", type=Path, metavar="FILE", help="Go on with a conversation of /save.")
         parser.add_argument(
             "--url", help="Default: this machine's gateway; else such as http://host:8000/v1."
         )
@@ -45,21 +63,23 @@ class Command(BaseCommand):
             name: options[name] for name in ("temperature", "max_tokens") if options[name] is not None
         }
         try:
-            api = Api(url, key)
-        except Unanswered as error:
+            conversation = Conversation(Api(url, key), model, options["system"], sampling)
+            if options["load"] is not None:
+                conversation.load(options["load"])
+        except (Unanswered, Unusable) as error:
             raise CommandError(str(error)) from error
-        self._talk(_Conversation(api, model, options["system"], sampling))
+        self._talk(conversation)
 
-    def _talk(self, conversation: _Conversation) -> None:
+    def _talk(self, conversation: Conversation) -> None:
         at_terminal = sys.stdin.isatty()
         if at_terminal:
             with contextlib.suppress(ImportError):
                 # Only to be there: input() then has line editing and a history.
                 import readline  # noqa: F401
-            self.stdout.write(f"{conversation.model}. {HELP}")
+            self.stdout.write(f"{conversation.model}. {SHORT_HELP}")
         while True:
             try:
-                text = self._read(at_terminal)
+                text = _message(at_terminal)
             except EOFError:
                 return
             except KeyboardInterrupt:
@@ -70,36 +90,52 @@ class Command(BaseCommand):
             command, _, rest = text.partition(" ")
             if command == "/exit":
                 return
-            if command == "/reset":
+            if _COMMAND.fullmatch(command):
+                self._obey(conversation, command, rest.strip(), at_terminal)
+            elif text:
+                self._answer(conversation.ask(text), at_terminal)
+
+    def _obey(self, conversation: Conversation, command: str, rest: str, at_terminal: bool) -> None:
+        match command:
+            case "/reset":
                 conversation.reset()
                 self.stdout.write("(a new conversation)")
-            elif command == "/system":
-                conversation.system = rest.strip()
+            case "/system":
+                conversation.system = rest
                 conversation.reset()
-                self.stdout.write("(a new conversation with this system prompt)")
-            elif command in ("/help", "/?"):
+                what = "this" if rest else "no"
+                self.stdout.write(f"(a new conversation with {what} system prompt)")
+            case "/regenerate":
+                try:
+                    self._answer(conversation.ask_again(), at_terminal)
+                except LookupError:
+                    self.stdout.write("(nothing was asked yet)")
+            case "/history":
+                for one in [{"role": "system", "content": conversation.system}, *conversation.said]:
+                    if one["content"]:
+                        self.stdout.write(f"{one['role']}: {_shown(one['content'])}")
+                self.stdout.write(f"({len(conversation.said)} messages)")
+            case "/save" | "/load" if not rest:
+                self.stdout.write(f"({command} FILE)")
+            case "/save" | "/load":
+                try:
+                    (conversation.save if command == "/save" else conversation.load)(Path(rest).expanduser())
+                    done = "kept in" if command == "/save" else "loaded from"
+                    self.stdout.write(f"({len(conversation.said)} messages {done} {rest})")
+                except Unusable as error:
+                    self.stdout.write(f"({error})")
+            case "/help" | "/?":
                 self.stdout.write(HELP)
-            elif text:
-                self._answer(conversation, text, at_terminal)
+            case _:
+                self.stdout.write(f"(no command {command}; {SHORT_HELP})")
 
-    def _read(self, at_terminal: bool) -> str:
-        if at_terminal:
-            return input("> ").strip()
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        return line.strip()
-
-    def _answer(self, conversation: _Conversation, text: str, at_terminal: bool) -> None:
+    def _answer(self, pieces: Iterator[Answer], at_terminal: bool) -> None:
         shown, answer, stopped = 0, Answer(), False
-        pieces = conversation.ask(text)
         try:
             for answer in pieces:
-                # Text of a model must not command the terminal.
-                piece = "".join(char for char in answer.text[shown:] if char in "\n\t" or printable(char))
-                shown = len(answer.text)
-                self.stdout.write(piece, ending="")
+                self.stdout.write(_shown(answer.text[shown:]), ending="")
                 self.stdout.flush()
+                shown = len(answer.text)
         except KeyboardInterrupt:
             stopped = True
         except Unanswered as error:
@@ -108,34 +144,36 @@ class Command(BaseCommand):
             self.stdout.write(f"({error})")
             return
         finally:
-            pieces.close()
+            pieces.close()  # type: ignore[attr-defined]
         note = f"stopped; {answer.speed()}" if stopped else answer.speed()
         self.stdout.write(f"\n({note})")
 
 
-class _Conversation:
-    """What was said so far. A message that got no answer is not part of it."""
+def _message(at_terminal: bool) -> str:
+    """The next message, which may be of several lines. Raises EOFError, KeyboardInterrupt."""
+    text = _line("> ", at_terminal)
+    if not at_terminal:
+        return text.strip()
+    if text.strip().startswith(FENCE):
+        lines = [text.strip().removeprefix(FENCE)]
+        while not lines[-1].rstrip().endswith(FENCE):
+            lines.append(_line(". ", at_terminal))
+        lines[-1] = lines[-1].rstrip().removesuffix(FENCE)
+        return "\n".join(lines).strip("\n")
+    while text.endswith("\\"):
+        text = text[:-1] + "\n" + _line(". ", at_terminal)
+    return text.strip()
 
-    def __init__(self, api: Api, model: str, system: str, sampling: dict[str, Any]) -> None:
-        self.api = api
-        self.model = model
-        self.system = system
-        self._sampling = sampling
-        self._said: list[dict[str, str]] = []
 
-    def reset(self) -> None:
-        self._said.clear()
+def _line(prompt: str, at_terminal: bool) -> str:
+    if at_terminal:
+        return input(prompt)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line
 
-    def ask(self, text: str) -> Any:
-        """Yield the growing answer; closed early, what came so far is what was said."""
-        asked = {"role": "user", "content": text}
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        pieces = self.api.chat(self.model, [*system, *self._said, asked], **self._sampling)
-        answer = Answer()
-        try:
-            for answer in pieces:
-                yield answer
-        finally:
-            pieces.close()  # type: ignore[attr-defined]
-            if answer.text:
-                self._said += [asked, {"role": "assistant", "content": answer.text}]
+
+def _shown(text: str) -> str:
+    """Text of a model must not command the terminal."""
+    return "".join(char for char in text if char in "\n\t" or printable(char))

@@ -7,6 +7,7 @@ import errno
 import signal
 import socket
 import sys
+import time
 from argparse import ArgumentParser
 from typing import Any
 
@@ -14,7 +15,8 @@ import uvicorn
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
 
-from config.server import WEBSOCKETS, GatewayProtocol, GatewayServer
+from config.garbage import Collector
+from config.server import WEBSOCKETS, GatewayProtocol, GatewayServer, prepare_listener
 
 BACKLOG = 2048
 DRAIN_SECONDS = 60
@@ -50,7 +52,7 @@ class Command(BaseCommand):
         # uvicorn hands the signal on when it has ended in good order: that is no failure.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        server = GatewayServer(config)
+        server = GatewayServer(config, application.gateway, Collector(time.monotonic()))
         host, port = listener.getsockname()[:2]
         self.stdout.write(f"Listening on http://{f'[{host}]' if ':' in host else host}:{port}")
         self.stdout.flush()
@@ -71,8 +73,7 @@ def bind(host: str, port: int) -> socket.socket:
         )[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Connections inherit it: a token must not wait for the acknowledgement of the one before.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        prepare_listener(listener)
         listener.bind(address)
     except OSError as error:
         raise _cannot_listen(host, port, error) from error

@@ -14,8 +14,9 @@ from django.utils import timezone
 from config.printing import age, table
 from config.words import operator
 from registry.actions.api_keys import issue_api_key, revoke_api_key, rotate_api_key
+from registry.adapters import model_names
 from registry.errors import InvalidInput, InvalidTransition
-from registry.models import ApiKey, Project, Route
+from registry.models import ApiKey, Project
 from registry.rights import Priority, Scope, matches_route
 
 _LIFETIME = re.compile(r"([1-9][0-9]{0,4})(min|h|d|w)")
@@ -100,11 +101,9 @@ class Command(BaseCommand):
             raise CommandError("A key's name has 1 to 120 printable characters.")
         if not project.strip() or len(project) > 120 or not project.isprintable():
             raise CommandError("A project's name has 1 to 120 printable characters.")
-        known = set(Route.objects.values_list("name", flat=True))
+        known = model_names()
         if unknown := [route for route in routes if not any(matches_route([route], name) for name in known)]:
-            raise CommandError(
-                f"There is no route {unknown[0]}; known: {', '.join(sorted(known)) or 'none'}."
-            )
+            raise CommandError(f"There is no route {unknown[0]}; known: {', '.join(known) or 'none'}.")
         ends = _moment(expires) if expires else None
         try:
             with transaction.atomic():

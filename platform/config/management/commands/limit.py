@@ -14,7 +14,8 @@ from config.management.commands.key import find_key
 from config.printing import table
 from config.words import operator, sentence_of
 from registry.actions.limits import remove_limit, save_limit
-from registry.models import Each, Limit, Metric, Per, Project, Route, WhenAway
+from registry.adapters import model_names
+from registry.models import Each, Limit, Metric, Per, Project, WhenAway
 from registry.rights import matches_route
 
 _AMOUNT = re.compile(r"([0-9]{1,12})(?:/([a-z]+))?")
@@ -46,9 +47,15 @@ class Command(BaseCommand):
             help="Each of these has the amount for themselves (default: all share it).",
         )
         setting.add_argument(
-            "--route", default="", help="On this model; 'smol*' means those that begin so (default: on all)."
+            "--route",
+            default="",
+            help="On this model and its adapters; 'smol*' means those that begin so (default: on all).",
         )
-        setting.add_argument("--each-route", action="store_true", help="Each model has an amount of its own.")
+        setting.add_argument(
+            "--each-route",
+            action="store_true",
+            help="Each model has an amount of its own, which its adapters share.",
+        )
         setting.add_argument(
             "--burst", type=int, help="How much may be used at once (default: the whole amount)."
         )
@@ -76,9 +83,9 @@ class Command(BaseCommand):
             raise CommandError(
                 f"{amount}: write a number and a time, such as 60/minute; times are {', '.join(Per.values)}."
             )
-        names = Route.objects.values_list("name", flat=True)
+        names = model_names()
         if route and not any(matches_route([route], name) for name in names):
-            raise CommandError(f"There is no route {route}; known: {', '.join(sorted(names)) or 'none'}.")
+            raise CommandError(f"There is no route {route}; known: {', '.join(names) or 'none'}.")
         which = {
             "api_key": find_key(options["key"]) if options["key"] else None,
             "project": _one(Project, name=options["project"]),

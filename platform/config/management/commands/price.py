@@ -33,7 +33,11 @@ class Command(BaseCommand):
         do = parser.add_subparsers(dest="do", required=True, metavar="set|list")
 
         set_ = do.add_parser("set", help="Set what a model costs from now, or another time, on.")
-        set_.add_argument("route", nargs="?", help="The model, as clients name it.")
+        set_.add_argument(
+            "route",
+            nargs="?",
+            help="The model, as clients name it. Adapters without a price of their own pay it too.",
+        )
         set_.add_argument(
             "--every-other", action="store_true", help="Instead: every model without a price of its own."
         )
