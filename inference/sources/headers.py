@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, TypeVar
 
 import msgspec
 
 from inference.protocol import Cause
 from inference.sources.source import SourceError
+
+_Header = TypeVar("_Header")
 
 LARGEST_HEADER = 100 * 1024 * 1024
 """Of a safetensors file; its own library has the same bound."""
@@ -104,12 +107,7 @@ _metadata = msgspec.json.Decoder(dict[str, str] | None)
 
 def read_safetensors(path: Path) -> list[Tensor]:
     """The tensors of one file. Raises SourceError when they and the file do not agree."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            return safetensors_of(file, size, short(path.name))
-    except OSError:
-        raise missing(f"{short(path.name)} cannot be read.") from None
+    return _of_file(path, safetensors_of)
 
 
 def safetensors_of(file: IO[bytes], size: int, name: str) -> list[Tensor]:
@@ -194,12 +192,7 @@ def read_gguf_counts(path: Path) -> tuple[int, int]:
 
 def read_gguf(path: Path) -> Gguf:
     """The whole header (some 50 ms). Raises SourceError unless all tensors lie within the file."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            return gguf_of(file, size, short(path.name))
-    except OSError:
-        raise missing(f"{short(path.name)} cannot be read.") from None
+    return _of_file(path, gguf_of)
 
 
 def gguf_of(file: IO[bytes], size: int, name: str) -> Gguf:
@@ -306,3 +299,12 @@ def _skip(file: IO[bytes], end: int, length: int) -> None:
     if length > end - file.tell():
         raise ValueError("a value beyond the header")
     file.seek(length, 1)
+
+
+def _of_file(path: Path, read: Callable[[IO[bytes], int, str], _Header]) -> _Header:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            return read(file, size, short(path.name))
+    except OSError:
+        raise missing(f"{short(path.name)} cannot be read.") from None

@@ -80,10 +80,18 @@ def worker_process(
     worker_id: int = WORKER_ID, model: Path | None = None, **arguments: Any
 ) -> Iterator[Worker]:
     """The simulated engine, or with a model's folder the transformers engine on it."""
-    secret = worker_secret(settings.SECRET_KEY, worker_id, 1)
     spec = {"engine": "simulated", "slots": 64, "served_name": "sim", "arguments": arguments}
     if model is not None:
         spec |= {"engine": "transformers", "model_path": str(model), "slots": 4}
+    with engine_process(spec, worker_id) as worker:
+        eventually(worker.healthy, "the engine is ready", seconds=30 if model is None else 90)
+        yield worker
+
+
+@contextlib.contextmanager
+def engine_process(spec: dict[str, Any], worker_id: int) -> Iterator[Worker]:
+    """The engine that `spec` asks for, as it starts."""
+    secret = worker_secret(settings.SECRET_KEY, worker_id, 1)
     listener = socket.create_server(("127.0.0.1", 0))
     process = subprocess.Popen(
         [sys.executable, "-m", "inference.engines.server", f"--fd={listener.fileno()}"],
@@ -97,7 +105,6 @@ def worker_process(
         assert process.stdin is not None
         process.stdin.write(json.dumps(spec).encode())
         process.stdin.close()
-        eventually(worker.healthy, "the engine is ready", seconds=30 if model is None else 90)
         yield worker
     finally:
         process.kill()

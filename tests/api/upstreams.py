@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import os
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
-from django.conf import settings
-
-from registry.keys import worker_secret
-from tests.api.conftest import ROOT, Worker, eventually
+from tests.api.conftest import Worker, engine_process, eventually
 from tests.node.upstreams import KEY, Foreign, foreign
 
 WORKER_ID = 7114
@@ -48,7 +40,6 @@ def foreign_server(**given: Any) -> Iterator[Foreign]:
 def upstream_worker(
     url: str, *, key: str = KEY, worker_id: int = WORKER_ID, wait: bool = True, **arguments: Any
 ) -> Iterator[Worker]:
-    secret = worker_secret(settings.SECRET_KEY, worker_id, 1)
     spec = {
         "engine": "upstream",
         "slots": 8,
@@ -56,22 +47,7 @@ def upstream_worker(
         "arguments": {"url": url, **arguments},
         "upstream": {"key": key},
     }
-    listener = socket.create_server(("127.0.0.1", 0))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "inference.engines.server", f"--fd={listener.fileno()}"],
-        stdin=subprocess.PIPE,
-        pass_fds=(listener.fileno(),),
-        env={**os.environ, "PYTHONPATH": str(ROOT), "ROUNDHOUSE_WORKER_SECRET": secret},
-    )
-    worker = Worker(f"http://127.0.0.1:{listener.getsockname()[1]}", secret, process)
-    listener.close()
-    try:
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(spec).encode())
-        process.stdin.close()
+    with engine_process(spec, worker_id) as worker:
         if wait:
             eventually(worker.healthy, "the upstream is found", seconds=30)
         yield worker
-    finally:
-        process.kill()
-        process.wait(10)

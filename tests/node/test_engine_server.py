@@ -182,15 +182,14 @@ async def test_more_requests_than_slots_wait_their_turn(session: aiohttp.ClientS
 
     asked = [asyncio.ensure_future(ask()) for _ in range(7)]
 
-    async def full() -> bool:
+    async def loaded(running: int, waiting: int) -> bool:
         load = await load_of(session, "")
         assert load["running"] <= 4
-        return (load["running"], load["waiting"]) == (4, 3)
+        return (load["running"], load["waiting"]) == (running, waiting)
 
-    await until(full, "four run and three wait")
+    await until(lambda: loaded(4, 3), "four run and three wait")
     assert await asyncio.gather(*asked) == [200] * 7
-    load = await load_of(session, "")
-    assert (load["running"], load["waiting"]) == (0, 0)
+    await until(lambda: loaded(0, 0), "nothing runs or waits")
 
 
 @pytest.mark.parametrize(

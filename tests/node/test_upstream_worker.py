@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import psutil
-import pytest_asyncio
+import pytest
 
 from inference.agent.loop import WITHOUT_WEIGHTS
 from inference.protocol import Assignment, Cause, ModelSpec, Upstream, Wish
 from inference.protocol import WorkerPhase as Phase
 from inference.worker.spec import WorkerSpec
-from tests.node.engine_tools import AUTH, SECRET, question, until
-from tests.node.test_worker import CHAT, Gateway, Worker, gateway, launch
+from tests.node.engine_tools import SECRET, question, until
+from tests.node.test_worker import CHAT, Gateway, Worker, gateway, run
 from tests.node.upstreams import ANSWER, KEY, Foreign, foreign
 
-__all__ = ["gateway"]  # a fixture
+__all__ = ["gateway", "run"]  # fixtures
 
 
-@pytest_asyncio.fixture
-async def start(gateway: Gateway, tmp_path: Path) -> AsyncIterator[Callable[[Foreign], Any]]:
-    workers: list[Worker] = []
-
-    async def start(server: Foreign) -> Worker:
+@pytest.fixture
+def start(
+    run: Callable[[WorkerSpec], Worker], gateway: Gateway, tmp_path: Path
+) -> Callable[[Foreign], Worker]:
+    def start(server: Foreign) -> Worker:
         spec = WorkerSpec(
             assignment=Assignment(
                 worker_id=7,
@@ -45,16 +45,9 @@ async def start(gateway: Gateway, tmp_path: Path) -> AsyncIterator[Callable[[For
             beat_seconds=0.2,
             fence_seconds=60,
         )
-        worker = Worker(launch(spec), spec, gateway)
-        worker.session = aiohttp.ClientSession(headers=AUTH)
-        workers.append(worker)
-        return worker
+        return run(spec)
 
-    yield start
-    for worker in workers:
-        await worker.session.close()
-        worker.process.kill()
-        worker.process.wait()
+    return start
 
 
 async def test_it_answers_and_its_key_is_in_one_file_only(
@@ -62,7 +55,7 @@ async def test_it_answers_and_its_key_is_in_one_file_only(
 ) -> None:
     card = {"data": [{"id": "theirs", "max_model_len": 99}]}
     async with foreign(answer=ANSWER, models=card) as server:
-        worker = await start(server)
+        worker = start(server)
         await until(gateway.heard(Phase.READY), "the worker is ready")
         beat = gateway.last()
         assert beat is not None
@@ -93,7 +86,7 @@ async def test_a_refused_key_fails_it_with_its_reason(
     gateway: Gateway, start: Callable[[Foreign], Any]
 ) -> None:
     async with foreign(answer={}, status=401) as server:
-        worker = await start(server)
+        worker = start(server)
         await until(gateway.heard(Phase.READY), "the worker is ready")
         async with worker.post("Hi") as reply:
             assert reply.status == 503
@@ -105,7 +98,7 @@ async def test_while_the_server_is_away_it_waits_and_says_so(
     gateway: Gateway, start: Callable[[Foreign], Any]
 ) -> None:
     async with foreign(answer=ANSWER, models_status=502) as server:
-        await start(server)
+        start(server)
         await until(lambda: any(beat.progress for _, beat in gateway.beats), "it says what it waits for")
         beat = gateway.last()
         assert beat is not None

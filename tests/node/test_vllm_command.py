@@ -6,14 +6,13 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import psutil
 import pytest
-import pytest_asyncio
 
 from inference.engines.base import LoadError
 from inference.engines.vllm import command
@@ -24,10 +23,10 @@ from inference.engines.vllm.metrics import LoadReader
 from inference.protocol import Assignment, Cause, Load, ModelSpec, Progress, Wish
 from inference.protocol import WorkerPhase as Phase
 from inference.worker.spec import WorkerSpec
-from tests.node.engine_tools import AUTH, SECRET, until
-from tests.node.test_worker import Gateway, Worker, gateway, launch
+from tests.node.engine_tools import SECRET, until
+from tests.node.test_worker import Gateway, Worker, gateway, run
 
-__all__ = ["gateway"]  # a fixture
+__all__ = ["gateway", "run"]  # fixtures
 
 STAND_IN = '''#!{python}
 """Listens and counts as vLLM does, behind the guard, and has a child as vLLM's engine is one."""
@@ -74,11 +73,12 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-@pytest_asyncio.fixture
-async def start(gateway: Gateway, tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
-    workers: list[Worker] = []
+Start = Callable[..., Worker]
 
-    async def start(*, environment: dict[str, str] | None = None, **arguments: Any) -> Worker:
+
+@pytest.fixture
+def start(run: Callable[[WorkerSpec], Worker], gateway: Gateway, tmp_path: Path) -> Start:
+    def start(*, environment: dict[str, str] | None = None, **arguments: Any) -> Worker:
         folder = tmp_path / "worker"
         folder.mkdir()
         assignment = Assignment(
@@ -103,26 +103,15 @@ async def start(gateway: Gateway, tmp_path: Path) -> AsyncIterator[Callable[...,
             beat_seconds=0.2,
             fence_seconds=60.0,
         )
-        worker = Worker(launch(spec), spec, gateway)
-        worker.session = aiohttp.ClientSession(headers=AUTH)
-        workers.append(worker)
-        return worker
+        return run(spec)
 
-    yield start
-    for worker in workers:
-        await worker.session.close()
-        if worker.process.poll() is None:
-            worker.process.kill()
-        worker.process.wait()
-
-
-Start = Callable[..., Any]
+    return start
 
 
 async def test_a_worker_is_ready_when_vllm_answers_and_tells_its_load(
     stand_in: Path, start: Start, gateway: Gateway
 ) -> None:
-    worker = await start(dtype="bfloat16", tool_call_parser="hermes")
+    worker = start(dtype="bfloat16", tool_call_parser="hermes")
     await until(gateway.heard(Phase.READY), "the worker is ready", seconds=20)
     told = [beat.progress for _, beat in gateway.beats if beat.progress is not None]
     assert Progress(step="loading the weights", done=1, total=2, unit="files") in told
@@ -140,7 +129,7 @@ async def test_a_worker_is_ready_when_vllm_answers_and_tells_its_load(
 async def test_a_draining_worker_takes_nothing_new_and_leaves_no_process(
     stand_in: Path, start: Start, gateway: Gateway
 ) -> None:
-    worker = await start()
+    worker = start()
     await until(gateway.heard(Phase.READY), "the worker is ready", seconds=20)
     async with worker.post("hello") as reply:
         assert reply.status == 200
@@ -159,7 +148,7 @@ async def test_a_draining_worker_takes_nothing_new_and_leaves_no_process(
 
 
 async def test_a_killed_server_leaves_no_engine(stand_in: Path, start: Start, gateway: Gateway) -> None:
-    worker = await start()
+    worker = start()
     await until(gateway.heard(Phase.READY), "the worker is ready", seconds=20)
     child = int((worker.folder / "engine.log").read_text().split("child ")[1].split()[0])
     os.kill(worker.state().engine_pid, signal.SIGKILL)
@@ -171,7 +160,7 @@ async def test_a_killed_server_leaves_no_engine(stand_in: Path, start: Start, ga
 async def test_a_server_whose_supervisor_was_killed_ends(
     stand_in: Path, start: Start, gateway: Gateway
 ) -> None:
-    worker = await start()
+    worker = start()
     await until(gateway.heard(Phase.READY), "the worker is ready", seconds=20)
     engine = worker.state().engine_pid
     child = int((worker.folder / "engine.log").read_text().split("child ")[1].split()[0])
@@ -193,7 +182,7 @@ def _runs(pid: int) -> bool:
 async def test_what_it_printed_long_before_its_end_is_the_cause(
     stand_in: Path, start: Start, gateway: Gateway
 ) -> None:
-    worker = await start(environment={"DOOM": "--seed-of-doom"})
+    worker = start(environment={"DOOM": "--seed-of-doom"})
     assert await worker.exit_code() == 1
     assert worker.end().cause is Cause.OUT_OF_MEMORY
 
@@ -202,7 +191,7 @@ async def test_what_it_printed_long_before_its_end_is_the_cause(
 async def test_an_argument_it_does_not_know_ends_the_worker_by_name(
     stand_in: Path, start: Start, gateway: Gateway, arguments: dict[str, Any]
 ) -> None:
-    worker = await start(**arguments)
+    worker = start(**arguments)
     assert await worker.exit_code() == 1
     assert worker.end().cause is Cause.BAD_ARGUMENT
     assert next(iter(arguments)) in worker.end().detail

@@ -12,9 +12,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from itertools import pairwise
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import aiohttp
@@ -137,9 +138,29 @@ async def gateway() -> AsyncIterator[Gateway]:
 
 
 @pytest_asyncio.fixture
-async def start(gateway: Gateway, tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
-    """`await start(**arguments)` gives a ready worker; `wait=False` one that only was started."""
+async def run(gateway: Gateway) -> AsyncIterator[Callable[[WorkerSpec], Worker]]:
+    """`run(spec)` starts a worker as a process; it ends with the test."""
     workers: list[Worker] = []
+
+    def run(spec: WorkerSpec) -> Worker:
+        worker = Worker(launch(spec), spec, gateway)
+        worker.session = aiohttp.ClientSession(headers=AUTH)
+        workers.append(worker)
+        return worker
+
+    yield run
+    for worker in workers:
+        await worker.session.close()
+        if worker.process.poll() is None:
+            worker.process.kill()
+        worker.process.wait()
+
+
+@pytest.fixture
+def start(
+    run: Callable[[WorkerSpec], Worker], gateway: Gateway, tmp_path: Path
+) -> Callable[..., Awaitable[Worker]]:
+    """`await start(**arguments)` gives a ready worker; `wait=False` one that only was started."""
 
     async def start(
         *,
@@ -154,8 +175,6 @@ async def start(gateway: Gateway, tmp_path: Path) -> AsyncIterator[Callable[...,
         gateway_url: str = "",
         **arguments: Any,
     ) -> Worker:
-        folder = tmp_path / str(len(workers))
-        folder.mkdir()
         assignment = Assignment(
             worker_id=7,
             epoch=3,
@@ -173,25 +192,18 @@ async def start(gateway: Gateway, tmp_path: Path) -> AsyncIterator[Callable[...,
         spec = WorkerSpec(
             assignment=assignment,
             gateway_url=gateway_url or gateway.url,
-            folder=str(folder),
+            folder=mkdtemp(dir=tmp_path),
             port=port,
             beat_seconds=beat_seconds,
             fence_seconds=fence_seconds,
             hung_seconds=hung_seconds,
         )
-        worker = Worker(launch(spec), spec, gateway)
-        worker.session = aiohttp.ClientSession(headers=AUTH)
-        workers.append(worker)
+        worker = run(spec)
         if wait:
             await until(gateway.heard(Phase.READY), "the worker is ready")
         return worker
 
-    yield start
-    for worker in workers:
-        await worker.session.close()
-        if worker.process.poll() is None:
-            worker.process.kill()
-        worker.process.wait()
+    return start
 
 
 Start = Callable[..., Any]

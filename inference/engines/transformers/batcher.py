@@ -15,6 +15,7 @@ import queue
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -59,6 +60,14 @@ class Ticket:
         self._news.put_nowait(error)
 
 
+def call_in_loop(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *about: Any) -> None:
+    """From a batcher's thread. Nothing happens where the loop has ended: nobody waits there any more."""
+    try:
+        loop.call_soon_threadsafe(call, *about)
+    except RuntimeError:
+        logger.debug("The event loop is closed: outputs of the last step are dropped.")
+
+
 class Batcher:
     """`prepare` and `stop` block and belong in a thread; all else belongs to `loop`."""
 
@@ -72,7 +81,7 @@ class Batcher:
         self._manager = _manager(loaded, slots)
         attention.use_in(loaded.model)
         self._manager.output_router = _Router(self)
-        self._manager.logit_processor = Sampler(self._fail_from_thread)
+        self._manager.logit_processor = Sampler(partial(call_in_loop, loop, self._fail))
         self.thread: threading.Thread | None = None
 
     def prepare(self) -> int:
@@ -156,18 +165,9 @@ class Batcher:
     def stop(self, timeout: float) -> None:
         self._manager.stop(block=True, timeout=timeout, hard_stop=True)
 
-    def call_in_loop(self, outputs: list[Any]) -> None:
-        """From the thread: hand one step's outputs over."""
-        self._in_loop(self._take, outputs)
-
-    def _fail_from_thread(self, number: str, error: EngineError) -> None:
-        self._in_loop(self._fail, number, error)
-
-    def _in_loop(self, call: Callable[..., None], *about: Any) -> None:
-        try:
-            self._loop.call_soon_threadsafe(call, *about)
-        except RuntimeError:
-            logger.debug("The event loop is closed: outputs of the last step are dropped.")
+    def hand_over(self, outputs: list[Any]) -> None:
+        """From the thread: one step's outputs."""
+        call_in_loop(self._loop, self._take, outputs)
 
     def _fail(self, number: str, error: EngineError) -> None:
         """The sampler gave one request up; the others go on."""
@@ -203,10 +203,10 @@ class _Router:
         self.output_queue: queue.Queue[Any] = queue.Queue()
 
     def deliver(self, output: Any) -> None:
-        self._batcher.call_in_loop([output])
+        self._batcher.hand_over([output])
 
     def deliver_batch(self, outputs: list[Any]) -> None:
-        self._batcher.call_in_loop(outputs)
+        self._batcher.hand_over(outputs)
 
     def fail_and_deliver(self, state: Any, error: Exception) -> None:
         state.error = f"{type(error).__name__}: {error}"

@@ -15,9 +15,10 @@ import logging
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from transformers.generation import StoppingCriteriaList
 from inference.engines.base import EngineError
 from inference.engines.memory import cache_per_token
 from inference.engines.transformers import placing
-from inference.engines.transformers.batcher import Ticket
+from inference.engines.transformers.batcher import Ticket, call_in_loop
 from inference.engines.transformers.loading import Loaded, is_out_of_memory
 from inference.engines.transformers.sampling import GREEDY, KEY, Choice, Row, Sampler
 from inference.protocol import Load
@@ -98,7 +99,7 @@ class StaticBatcher:
         self._stopping = False
         self._steps = 0
         self._tokens = 0
-        self._sampler = Sampler(self._fail_from_thread)
+        self._sampler = Sampler(partial(call_in_loop, loop, self._fail))
         self.thread: threading.Thread | None = None
 
     def prepare(self) -> int:
@@ -229,7 +230,7 @@ class StaticBatcher:
             last = token in request.ends or len(request.generated_tokens) == request.max_tokens
             request.over = last
             news.append((request.ticket, list(request.generated_tokens), last))
-        self._in_loop(self._take, news)
+        call_in_loop(self._loop, self._take, news)
         return scores
 
     def over(self, batch: Sequence[_Request]) -> list[bool]:
@@ -239,20 +240,10 @@ class StaticBatcher:
         # Where, but not its message: that may have what a client wrote.
         where = "".join(traceback.format_tb(error.__traceback__))
         logger.error("A batch failed in the engine: %s\n%s", type(error).__name__, where)
+        why = EngineError("The engine failed while it was answering.")
         for request in batch:
             request.over = True
-            self._in_loop(
-                self._fail, request.request_id, EngineError("The engine failed while it was answering.")
-            )
-
-    def _fail_from_thread(self, number: str, error: EngineError) -> None:
-        self._in_loop(self._fail, number, error)
-
-    def _in_loop(self, call: Callable[..., None], *about: Any) -> None:
-        try:
-            self._loop.call_soon_threadsafe(call, *about)
-        except RuntimeError:
-            logger.debug("The event loop is closed: outputs of the last step are dropped.")
+            call_in_loop(self._loop, self._fail, request.request_id, why)
 
     # -- the loop
 
