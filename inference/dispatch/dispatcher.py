@@ -123,8 +123,14 @@ class Dispatcher:
     # -- with waiting
 
     async def _wait(self, route: RouteView, wish: Wish) -> Lease:
+        usable = self._usable(route, wish)
+        if not usable:
+            await self._fleet.look()
+            lease = self._take(route, wish)
+            if lease is not None:
+                return lease
+            usable = self._usable(route, wish)
         targets = [self._fleet.current(target) for target, _ in route.targets]
-        usable = [one for one in targets if self._could_serve(one, wish)]
         if not usable and not wish.avoid:
             # One whose worker failed it is not kept waiting: its client may have waited for long already.
             usable = [one for one in targets if _starts_within(one, _patience(route, one))]
@@ -171,6 +177,10 @@ class Dispatcher:
         finally:
             deadline.cancel()
             waiter.leave()
+
+    def _usable(self, route: RouteView, wish: Wish) -> list[DeploymentView]:
+        targets = (self._fleet.current(target) for target, _ in route.targets)
+        return [one for one in targets if self._could_serve(one, wish)]
 
     def _has_room(self, deployment: DeploymentView, waiter: Waiter) -> bool:
         queue = self._queues.setdefault(deployment.id, Queue())

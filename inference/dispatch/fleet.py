@@ -31,6 +31,8 @@ from registry.threads import read_from_database
 logger = logging.getLogger("roundhouse.fleet")
 
 POLL_SECONDS = 0.5
+LOOK_SECONDS = 0.1
+"""What a poll said is new enough for so long to refuse a request by it."""
 STRUCTURE_SECONDS = 10.0
 """Routes and deployments are read again after this long even if the change feed is silent."""
 CHANGE_WINDOW_SECONDS = 15.0
@@ -100,6 +102,8 @@ class Fleet:
         self._subscribers: dict[str, list[Callable[[str], None]]] = {}
         self._refreshed: list[Callable[[], None]] = []
         self._task: asyncio.Task[None] | None = None
+        self._polling = asyncio.Lock()
+        self._look: asyncio.Task[None] | None = None
         self._answered_at: float | None = None
         """When the last poll that worked ended."""
         self._started_at = time.monotonic()
@@ -116,11 +120,12 @@ class Fleet:
             self._task = asyncio.create_task(self._poll_forever(), name="fleet")
 
     async def stop(self) -> None:
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+        for task in (self._task, self._look):
+            if task is not None:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+        self._task = self._look = None
 
     # -- questions
 
@@ -218,8 +223,22 @@ class Fleet:
             await asyncio.sleep(self._poll_seconds)
             await self.poll()
 
+    async def look(self) -> None:
+        """Poll now, for who finds no worker: one may have become ready in the meantime. All who ask at once
+        share an answer. Returns within half a second, at once while the database is away or the last snapshot
+        is quite new."""
+        if self._away or time.monotonic() - (self._answered_at or 0.0) < LOOK_SECONDS:
+            return
+        if self._look is None or self._look.done():
+            self._look = asyncio.create_task(self.poll(), name="fleet-look")
+        await asyncio.wait([self._look], timeout=POLL_SECONDS)
+
     async def poll(self) -> None:
         """Read the database once and take over what it says. Never raises for what goes wrong there."""
+        async with self._polling:
+            await self._poll()
+
+    async def _poll(self) -> None:
         unknown = frozenset(self._unknown)
         due = time.monotonic() - self._structure_at >= STRUCTURE_SECONDS
         try:

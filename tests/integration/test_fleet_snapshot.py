@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+import time
 from datetime import timedelta
 
 import pytest
@@ -13,6 +15,8 @@ from django.test.utils import CaptureQueriesContext
 from inference.dispatch import fleet as fleet_module
 from inference.dispatch.dispatcher import Dispatcher
 from inference.dispatch.fleet import FORGET_ALL, Fleet, _read
+from inference.dispatch.queue import Wish
+from inference.errors import NoWorker
 from inference.protocol import BeatOrder, Load
 from inference.reconcile import CRASH_LOOP
 from registry.actions.api_keys import revoke_api_key
@@ -322,6 +326,58 @@ async def test_start_comes_back_without_a_database_and_goes_on_trying(monkeypatc
         while fleet.route("chat") is None:  # noqa: ASYNC110 - polled, with a deadline
             await asyncio.sleep(0.01)
     await fleet.stop()
+    await fleet.stop()
+
+
+async def test_who_finds_no_worker_looks_again_before_it_is_refused(fleet, monkeypatch):
+    monkeypatch.setattr(fleet_module, "LOOK_SECONDS", 0)
+    deployment = await make(make_deployment, route="chat", slots=4)
+    dead = await make(make_worker, deployment=deployment)
+    await fleet.poll()
+    route = fleet.route("chat")
+    fleet.mark_unreachable(route.targets[0][0].workers[0])
+    fresh = await make(make_worker, deployment=deployment, replica=2)
+    lease = await Dispatcher(fleet).acquire(route, Wish(avoid=frozenset({dead.pk})))
+    assert lease.worker.id == fresh.pk
+
+
+async def test_those_who_look_at_once_share_a_poll_and_a_new_snapshot_is_enough(fleet, monkeypatch):
+    polls = 0
+    read = fleet_module._read
+
+    def counted(*args, **facts):
+        nonlocal polls
+        polls += 1
+        return read(*args, **facts)
+
+    monkeypatch.setattr(fleet_module, "_read", counted)
+    await asyncio.gather(*(fleet.look() for _ in range(50)))
+    assert polls == 1
+    monkeypatch.setattr(fleet_module, "LOOK_SECONDS", 60)
+    await fleet.look()
+    assert polls == 1
+    monkeypatch.setattr(fleet_module, "LOOK_SECONDS", 0)
+    await fleet.look()
+    assert polls == 2
+
+
+async def test_a_database_that_does_not_answer_holds_no_refusal_up(fleet, monkeypatch):
+    monkeypatch.setattr(fleet_module, "LOOK_SECONDS", 0)
+    await make(make_deployment, route="chat", replicas=0)
+    await fleet.poll()
+    with monkeypatch.context() as patch:
+        patch.setattr(fleet_module, "_read", unavailable)
+        for _ in range(2):
+            with pytest.raises(NoWorker):
+                await Dispatcher(fleet).acquire(fleet.route("chat"))
+    await fleet.poll()
+    over = threading.Event()
+    monkeypatch.setattr(fleet_module, "_read", lambda *_, **__: over.wait(5))
+    began = time.monotonic()
+    with pytest.raises(NoWorker):
+        await Dispatcher(fleet).acquire(fleet.route("chat"))
+    assert time.monotonic() - began < 2
+    over.set()
     await fleet.stop()
 
 

@@ -59,6 +59,9 @@ def deployment(deployment_id: int, *workers: WorkerView, **facts) -> DeploymentV
 class KnownFleet(Fleet):
     """A fleet that is told what it sees."""
 
+    async def look(self) -> None:
+        """There is nothing else to see."""
+
     def see(self, *deployments: DeploymentView) -> None:
         now = time.monotonic()
         seen = {view.id for each in deployments for view in each.workers}
