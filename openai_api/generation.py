@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import Annotated
 
 import msgspec
 from django.db import Error as DatabaseError
@@ -40,7 +38,8 @@ from openai_api import limits
 from openai_api.admission import Admitted
 from openai_api.answered import Answered
 from openai_api.auth import Key
-from openai_api.continuation import GoingOn, Said, says_nothing, usage_of
+from openai_api.continuation import GoingOn, Said, says_nothing
+from openai_api.counting import Counts, Usage, is_error, prompt_tokens_in, usage_in
 from openai_api.dialects import Dialect, dialect_of, field_meant, for_model
 from openai_api.endpoints import CHAT, Endpoint
 from openai_api.errors import (
@@ -115,11 +114,7 @@ class Generation:
         self._first_at: float | None = None
         self._status = 500
         self._error: BaseException | None = None
-        self._prompt = 0
-        self._cached = 0
-        self._completion = 0
-        self._before: tuple[int, int] | None = None
-        """Prompt and completion tokens when the last worker broke off; None while the first one answers."""
+        self._counts = Counts()
         self._continuations = 0
         self._abort: asyncio.Task[None] | None = None
         self._task: asyncio.Task[object] | None = None
@@ -182,7 +177,7 @@ class Generation:
         )
         if key.rules:
             await self._admit(key, size, len(forwarded) if counted else 0)  # 6
-        self._entry = self._open(key)
+        self._entry = self._counts.entry = self._open(key)
         self._gateway.enter(self, key)
         if (total := route.timeouts.total) is not None:
             left = self._began + total - time.monotonic()
@@ -202,7 +197,7 @@ class Generation:
             if not self._started or self._consumer.client_gone or isinstance(error, ClientGone):
                 raise
             # It was told to wait already, or had some of its answer: the status line is out.
-            if self._before is not None and isinstance(error, NoCapacity | WorkerUnreachable):
+            if self._counts.goes_on and isinstance(error, NoCapacity | WorkerUnreachable):
                 error = WorkerBroke("No other worker could go on with the answer.")
             self._error = error
             await self._end_with(error)
@@ -256,7 +251,7 @@ class Generation:
     @property
     def tokens(self) -> tuple[int, int]:
         """Prompt and completion tokens counted so far."""
-        return self._prompt, self._completion
+        return self._counts.prompt, self._counts.completion
 
     async def client_left(self) -> None:
         """Tell the worker to stop, while its connection is still open: only then it says what the request
@@ -300,7 +295,7 @@ class Generation:
     async def _tell_worker(self, worker: WorkerView) -> None:
         reply = await self._gateway.client.abort(worker, self._request_id)
         if reply is not None:
-            self._count(*self._in_all(reply.prompt_tokens, reply.completion_tokens))
+            self._counts.add(reply.prompt_tokens, reply.completion_tokens)
 
     # -- 4, 5, 6
 
@@ -348,7 +343,7 @@ class Generation:
     def true_up(self) -> None:
         """Tell the limits what was used so far. Called now and then while the request is open."""
         if self._admitted is not None:
-            self._admitted.progress(self._prompt, self._completion)
+            self._admitted.progress(*self.tokens)
 
     async def _reserve(self, budgets: tuple[int, ...], entry: Entry, route: RouteView, size: Size) -> None:
         contexts = [deployment.context_length or limits.UNKNOWN_CONTEXT for deployment, _ in route.targets]
@@ -502,7 +497,7 @@ class Generation:
                 await self._give_up(worker, error)
                 avoid |= {worker.id}
         self._note_first()
-        self._count_usage(usage)
+        self._counts.add_usage(usage)
         # Free before the client has read it all: the worker's part is done.
         if self._lease is not None:
             self._lease.succeeded()
@@ -514,13 +509,13 @@ class Generation:
             self._entry.answered()
         await self._consumer.send_json(200, answer)
 
-    def _read(self, answer: bytes, worker: WorkerView) -> tuple[_Usage, bytes]:
+    def _read(self, answer: bytes, worker: WorkerView) -> tuple[Usage, bytes]:
         """The usage in a whole answer, and the answer for the client. Raises WorkerUnreachable for what
         is no answer."""
         try:
             if (dialect := dialect_of(worker.engine, self._endpoint.asked, self._model)) is not None:
                 answer = dialect.whole(answer)
-            usage = _decode_answer(answer).usage if self._endpoint.counted else _Usage()
+            usage = usage_in(answer) if self._endpoint.counted else Usage()
             reshape = self._endpoint.reshape
             return usage, answer if reshape is None else reshape(answer)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -548,7 +543,7 @@ class Generation:
             async with aclosing(events):
                 try:
                     batch = await anext(events)
-                    if batch[0].startswith(_ERROR):
+                    if is_error(batch[0]):
                         raise WorkerUnreachable(f"{worker.name} answered with an error event.")
                     dialect = dialect_of(worker.engine, asked, self._model, call.samples)
                     if dialect is not None:
@@ -564,8 +559,7 @@ class Generation:
                 else:
                     if self._first_at is None:
                         self._note_first()
-                    tail = _TAIL.search(batch[0])
-                    await self._begin(0 if tail is None else int(tail[1]))
+                    await self._begin(prompt_tokens_in(batch[0]))
                     writers.add(worker.revision_id)
                     broke = await self._relay(batch, events, dialect, said, shows_usage)
                     if broke is None:
@@ -594,15 +588,15 @@ class Generation:
     ) -> WorkerBroke | None:
         """Pass events on, those that came together in one piece. Returns what broke the answer off, None when
         it is whole."""
-        send = self._consumer.stream_events
-        if self._before is not None and says_nothing(batch[0]):
+        send, counts = self._consumer.stream_events, self._counts
+        if self._counts.goes_on and says_nothing(batch[0]):
             del batch[0]
         try:
             while True:
                 ended = batch[-1:] == [DONE]
                 if ended:
                     batch.pop()
-                told, broke = self._told(batch, said, shows_usage)
+                told, broke = counts.taken_from(batch, said, shows_usage)
                 if told:
                     await send(told)
                 if broke is not None:
@@ -625,42 +619,6 @@ class Generation:
         await self._end_whole()
         return None
 
-    def _told(
-        self, events: list[bytes], said: Said, shows_usage: bool
-    ) -> tuple[list[bytes], WorkerBroke | None]:
-        """Events for the client, and what broke the answer off behind them. Each event of the worker carries
-        the usage so far as its last key, which is counted, and cut off without parsing."""
-        if self._entry is None:
-            raise AssertionError("an answer without an entry in the ledger")
-        told: list[bytes] = []
-        broke = None
-        usage_instead = b',"usage":null}\n\n' if shows_usage else b"}\n\n"
-        earlier, written = self._before or (0, 0)
-        try:
-            for event in events:
-                at = event.rfind(b',"usage":{')
-                tail = _match_tail(event, at) if at > 0 else None
-                if tail is None:
-                    if (other := self._told_other(event, said, shows_usage)) is not None:
-                        told.append(other)
-                    continue
-                prompt, completion = earlier or int(tail[1]), written + int(tail[2])
-                self._prompt, self._completion = prompt, completion
-                if not event.endswith(_NO_CHOICES, 0, at):
-                    told.append(event[:at] + usage_instead)
-                    said.add(event)
-                    continue
-                if not earlier and (cached := _CACHED.search(event, at)):
-                    self._count(prompt, completion, int(cached[1]))
-                if shows_usage:
-                    told.append((said.usage(prompt, completion) if earlier else event) + b"\n\n")
-        except WorkerBroke as error:
-            broke = error
-        self._entry.count(
-            prompt_tokens=self._prompt, completion_tokens=self._completion, cached_tokens=self._cached
-        )
-        return told, broke
-
     async def _end_whole(self) -> None:
         self._ended = True
         if self._lease is not None:
@@ -674,9 +632,9 @@ class Generation:
         if not route.continues or self._continuations >= limits.CONTINUATIONS:
             return None
         self._continuations += 1
-        self._before = self._prompt, self._completion
+        self._counts.go_on()
         try:
-            return said.continued(self._demand.body, tokens=self._completion)
+            return said.continued(self._demand.body, tokens=self._counts.completion)
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None
 
@@ -684,63 +642,10 @@ class Generation:
         """All tokens were sent; what the worker died over is the end of the stream."""
         told = [] if said.finished else [said.ending(usage=shows_usage) + b"\n\n"]
         if shows_usage:
-            told.append(said.usage(self._prompt, self._completion) + b"\n\n")
+            told.append(said.usage(*self.tokens) + b"\n\n")
         if told:
             await self._consumer.stream_events(told)
         await self._end_whole()
-
-    def _in_all(self, prompt: int, completion: int) -> tuple[int, int]:
-        """What the client's request has cost, by a worker's count, who may go on with another's answer."""
-        if self._before is None:
-            return prompt, completion
-        return self._before[0] or prompt, self._before[1] + completion
-
-    def _told_other(self, event: bytes, said: Said, shows_usage: bool) -> bytes | None:
-        """An event whose usage is not where ours puts it: taken apart and put together again."""
-        if event.startswith(_ERROR):
-            raise WorkerBroke("The worker reported an error in mid-answer.")
-        try:
-            chunk = msgspec.json.decode(event[len(b"data: ") :])
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise WorkerBroke("The worker sent an event that is not JSON.") from error
-        if not isinstance(chunk, dict) or chunk.get("error"):
-            raise WorkerBroke("The worker sent an event that is no chunk.")
-        usage = chunk.pop("usage", None)
-        if usage is not None:
-            try:
-                self._count_usage(msgspec.convert(usage, _Usage))
-            except msgspec.ValidationError as error:
-                raise WorkerBroke("The worker sent a usage that is none.") from error
-            if not chunk.get("choices"):
-                if not shows_usage:
-                    return None
-                if self._before is not None:
-                    usage = usage_of(self._prompt, self._completion)
-                chunk["usage"] = usage
-        if shows_usage:
-            chunk.setdefault("usage", None)
-        if chunk.get("choices"):
-            said.add(event)
-        return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
-
-    def _count_usage(self, usage: _Usage) -> None:
-        details = usage.prompt_tokens_details
-        # Some rerankers tell the sum only.
-        prompt = usage.prompt_tokens or max(0, usage.total_tokens - usage.completion_tokens)
-        cached = details.cached_tokens if details is not None and self._before is None else None
-        self._count(*self._in_all(prompt, usage.completion_tokens), cached or 0)
-
-    def _count(self, prompt: int, completion: int, cached: int = 0) -> None:
-        """Never less than before: what a client has seen is paid for."""
-        self._prompt = max(self._prompt, prompt)
-        self._completion = max(self._completion, completion)
-        self._cached = min(max(self._cached, cached), self._prompt)
-        if self._entry is not None:
-            self._entry.count(
-                prompt_tokens=self._prompt,
-                completion_tokens=self._completion,
-                cached_tokens=self._cached,
-            )
 
     # -- 10
 
@@ -760,7 +665,7 @@ class Generation:
                 self._gateway.explanations.note(self._request_id, self._explanation(status))
             if self._admitted is not None:
                 self._gateway.limited.discard(self)
-                self._admitted.settle(self._prompt, self._completion)
+                self._admitted.settle(*self.tokens)
             if self._entry is not None:
                 self._gateway.waiting.discard(self)
                 if self._comment is not None:
@@ -775,9 +680,9 @@ class Generation:
                 time.monotonic() - self._began,
                 self._first_at - self._began if self._stream and self._first_at is not None else None,
                 self._queued,
-                self._prompt,
-                self._cached,
-                self._completion,
+                self._counts.prompt,
+                self._counts.cached,
+                self._counts.completion,
             )
             self._log(outcome, status)
 
@@ -819,11 +724,11 @@ class Generation:
             queue_ms=round(self._queued * 1000),
             ttft_ms=self._milliseconds(self._first_at),
             duration_ms=self._milliseconds(time.monotonic()),
-            prompt_tokens=self._prompt,
-            cached_tokens=self._cached,
-            completion_tokens=self._completion,
+            prompt_tokens=self._counts.prompt,
+            cached_tokens=self._counts.cached,
+            completion_tokens=self._counts.completion,
             flagged=oddity(
-                completion_tokens=self._completion, characters=None, most_tokens=self._most_tokens
+                completion_tokens=self._counts.completion, characters=None, most_tokens=self._most_tokens
             ),
         )
 
@@ -845,8 +750,8 @@ class Generation:
                 "status": status,
                 "outcome": outcome.value,
                 "stream": self._stream,
-                "prompt_tokens": self._prompt,
-                "completion_tokens": self._completion,
+                "prompt_tokens": self._counts.prompt,
+                "completion_tokens": self._counts.completion,
                 "attempts": self._attempts,
                 "queue_ms": round(self._queued * 1000),
                 "ttft_ms": self._milliseconds(self._first_at),
@@ -858,35 +763,3 @@ class Generation:
 def _in_dialect(dialect: Dialect, events: list[bytes]) -> list[bytes]:
     """Raises DecodeError or UnicodeDecodeError."""
     return [event if event == DONE else dialect.event(event) for event in events]
-
-
-_Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-
-
-class _PromptDetails(msgspec.Struct):
-    cached_tokens: _Count | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: _Count = 0
-    completion_tokens: _Count = 0
-    total_tokens: _Count = 0
-    prompt_tokens_details: _PromptDetails | None = None
-
-
-class _Answer(msgspec.Struct):
-    usage: _Usage
-
-
-_decode_answer = msgspec.json.Decoder(_Answer).decode
-
-
-_ERROR = b'data: {"error"'
-_NO_CHOICES = b'"choices":[]'
-_TAIL = re.compile(
-    rb',"usage":\{"prompt_tokens":(\d{1,9}),(?:"total_tokens":\d+,)?"completion_tokens":(\d{1,9})'
-    rb"[^{}]*(?:\{[^{}]*\}[^{}]*)*\}\}\Z"
-)
-"""How workers end a chunk. Within a JSON string the quotes would be escaped, so this cannot be text."""
-_match_tail = _TAIL.match
-_CACHED = re.compile(rb'"cached_tokens":(\d{1,9})')
