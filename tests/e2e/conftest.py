@@ -53,6 +53,7 @@ class Roundhouse:
     data: Path
     environment: dict[str, str]
     output: str = ""
+    _clients: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
 
     def manage(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -74,6 +75,7 @@ class Roundhouse:
         return time.monotonic() - started
 
     def down(self) -> None:
+        self._clients.close()
         self.manage("down")
 
     def logs(self) -> str:
@@ -87,8 +89,11 @@ class Roundhouse:
         return json.loads((self.data / "credentials.json").read_text())  # type: ignore[no-any-return]
 
     def client(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(
-            base_url=self.credentials["base_url"], api_key=self.credentials["api_key"], **options
+        """Closed when this goes down, if not before."""
+        return self._clients.enter_context(
+            openai.OpenAI(
+                base_url=self.credentials["base_url"], api_key=self.credentials["api_key"], **options
+            )
         )
 
     def async_client(self, **options: Any) -> openai.AsyncOpenAI:
@@ -167,9 +172,10 @@ class Roundhouse:
     def answers(self, model: str) -> bool:
         """Does it answer a chat request now, at the first attempt?"""
         try:
-            self.client(max_retries=0, timeout=20).chat.completions.create(
-                model=model, messages=[{"role": "user", "content": "Hello"}], max_tokens=2
-            )
+            with self.client(max_retries=0, timeout=20) as client:
+                client.chat.completions.create(
+                    model=model, messages=[{"role": "user", "content": "Hello"}], max_tokens=2
+                )
         except openai.APIError as error:
             print(f"{model} does not answer: {error!r}")  # pytest shows it where the test fails
             return False

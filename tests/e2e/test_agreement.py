@@ -158,7 +158,8 @@ def api_results(url: str, key: str) -> list[dict[str, Any]]:
     page = ""
     while True:
         request = urllib.request.Request(url + page, headers={"Authorization": f"Bearer {key}"})
-        answer = json.load(urllib.request.urlopen(request))
+        with urllib.request.urlopen(request) as reply:
+            answer = json.load(reply)
         results += [result for bucket in answer["data"] for result in bucket["results"]]
         if not answer["has_more"]:
             return results
@@ -167,7 +168,8 @@ def api_results(url: str, key: str) -> list[dict[str, Any]]:
 
 def test_metrics_say_what_the_clients_counted(roundhouse, counted):
     url = roundhouse.credentials["base_url"].removesuffix("/v1") + "/metrics"
-    text = urllib.request.urlopen(url).read().decode()
+    with urllib.request.urlopen(url) as reply:
+        text = reply.read().decode()
 
     def value(name: str) -> int:
         found = re.findall(rf'^roundhouse_{name}\{{[^}}]*route="{MODEL}"[^}}]*\}} (\S+)$', text, re.MULTILINE)

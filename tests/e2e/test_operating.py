@@ -202,10 +202,13 @@ def a_second_gateway_serves(roundhouse: Roundhouse, folder: Path, data: Path) ->
         "ROUNDHOUSE_DATA": str(data),
         "ROUNDHOUSE_SECRET_KEY": (roundhouse.data / "secret_key").read_text().strip(),
     }
-    with started(gateway, folder, environment) as log, started(control, folder, environment) as beat:
-        client = openai.OpenAI(
+    with (
+        started(gateway, folder, environment) as log,
+        started(control, folder, environment) as beat,
+        openai.OpenAI(
             base_url=f"http://127.0.0.1:{port}/v1", api_key=roundhouse.credentials["api_key"], max_retries=0
-        )
+        ) as client,
+    ):
 
         def answered() -> openai.types.chat.ChatCompletion | None:
             with contextlib.suppress(openai.APIConnectionError, openai.InternalServerError):

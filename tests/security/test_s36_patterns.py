@@ -83,8 +83,13 @@ def sources() -> dict[str, str]:
     return {str(file.relative_to(ROOT)): file.read_text() for file in files}
 
 
-def found() -> Iterator[Found]:
+@cache
+def found() -> list[Found]:
     """Every pattern in our sources, with the ways in which it is used."""
+    return list(_found())
+
+
+def _found() -> Iterator[Found]:
     everything = "\n".join(sources().values())
     for path, text in sources().items():
         if "import re" not in text:

@@ -500,12 +500,16 @@ def test_fields_of_a_new_key(people: People, field: str, tried: list[str]) -> No
             assert kept[field] == FIELDS[field](text), text
             assert kept["owner"] == "ann"
         is_only_anns(people, answer)
+    assert ApiKey.objects.filter(owner=people.ben).count() == 1
+
+
+@pytest.mark.django_db
+def test_words_of_what_ends_a_key(people: People) -> None:
     for call, body in (("rotate", "overlap_seconds"), ("revoke", "reason")):
         for text in TRIED:
             answer = sent(people.client, f"keys/{people.key.public_id}/{call}", {body: text})
             assert answer.status_code in (200, 400, 409), (text, answer.content)
     assert ApiKey.objects.get(pk=people.foreign.pk).revoked_at is None
-    assert ApiKey.objects.filter(owner=people.ben).count() == 1
 
 
 # -- the chat's search
@@ -576,13 +580,14 @@ def words_of(model: Any) -> list[str]:
 @pytest.mark.parametrize("model", LISTS, ids=lambda model: model.__name__)
 @corpus
 def test_search_filters_and_order_of_the_admins_lists(operator: Client, model: Any, tried: list[str]) -> None:
-    for word in words_of(model):
+    for at, word in enumerate(words_of(model)):
 
         def send(text: str, word: str = word) -> Any:
             return operator.get(page(model), {word: text} if text else {})
 
         # The whole list, a word that changes it, a search that finds all of it.
-        for text, answer in answered(send, tried, "", "1", '""'):
+        these = tried if tried is TRIED or word == "q" else tried[at % 3 :: 3]
+        for text, answer in answered(send, these, "", "1", '""'):
             assert answer.status_code in (200, 302, 400), (word, text)
             if word == "q" and "1=1" in text:
                 assert answer.context["cl"].result_count == 0, text
