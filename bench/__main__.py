@@ -25,15 +25,35 @@ PARTS = {
 NOT_BY_ITSELF = frozenset({"peers"})
 """What needs environments of its own: `make bench-peers`."""
 TAKE_REQUESTS = frozenset({"gateway", "pair", "peers"})
+ALONE = {
+    "bench.policies": "every policy on every trace",
+    "bench.accounting": "what the ledger and limits cost by themselves (--database URL: in PostgreSQL)",
+    "bench.flame": "where the gateway's time goes, as flame graphs (`make bench-profile`)",
+}
+"""What else can be run with `python -m`."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="What a request costs.")
-    parser.add_argument("--only", help=f"parts, with commas between them: {', '.join(PARTS)}")
-    parser.add_argument("--requests", type=int, default=3000, help="plain requests per load (default 3000)")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="What a request costs, and how engines compare. See docs/performance.md.",
+        epilog=_listed("parts", PARTS) + "\n\n" + _listed("for themselves, with python -m", ALONE),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--only", help=f"parts, with commas between them (default: all but {', '.join(NOT_BY_ITSELF)})"
+    )
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=3000,
+        help=f"plain requests per load (default 3000) in {', '.join(sorted(TAKE_REQUESTS))}",
+    )
     parser.add_argument("--events", type=int, help="only measure reports over so many events; takes long")
     parser.add_argument("--database", help="for --events: a PostgreSQL server's URL (default: SQLite)")
     arguments = parser.parse_args()
+    if arguments.database and not arguments.events:
+        parser.error("--database is for --events")
     # Whoever ends it ends what it started, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if arguments.events:
@@ -52,6 +72,10 @@ def main() -> None:
         found = rows(arguments.requests) if name in TAKE_REQUESTS else rows()
         print(table(f"{PARTS[name]} ({name}, {time.monotonic() - began:.0f} s)", found), flush=True)
         print(flush=True)
+
+
+def _listed(title: str, told: dict[str, str]) -> str:
+    return "\n".join([f"{title}:", *(f"  {name:18} {what}" for name, what in told.items())])
 
 
 if __name__ == "__main__":

@@ -36,9 +36,9 @@ PROBE_SECONDS = 0.05
 IDLE_BYTES = 1e9
 
 
-def rows(streams: int = STREAMS) -> list[Row]:
-    files = raise_file_limit(2 * streams + OTHER_FILES)
-    streams = min(streams, (files - OTHER_FILES) // 2)
+def rows() -> list[Row]:
+    files = raise_file_limit(2 * STREAMS + OTHER_FILES)
+    streams = min(STREAMS, (files - OTHER_FILES) // 2)
     with stage() as bench:
         bench.deploy("idle", slots=SLOTS, replicas=-(-streams // SLOTS), policy="round_robin")
         bench.deploy("instant", arguments={"token_seconds": 0.0})

@@ -91,15 +91,12 @@ async def at_a_pace(target: Target, per_second: float) -> Outcome:
     """So many requests a second, whatever became of those before."""
     crowd = Crowd(target)
     source = random.Random(7)
-    tasks: set[asyncio.Task[None]] = set()
     due = time.monotonic()
-    while not crowd.over:
-        due += source.expovariate(per_second)
-        await asyncio.sleep(max(0.0, due - time.monotonic()))
-        task = asyncio.create_task(crowd.ask())
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-    await asyncio.gather(*tasks)
+    async with asyncio.TaskGroup() as asking:
+        while not crowd.over:
+            due += source.expovariate(per_second)
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            asking.create_task(crowd.ask())
     crowd.close()
     return crowd.outcome
 

@@ -14,7 +14,6 @@ from bench.load import Target, run
 from bench.rows import Row
 from bench.stage import body, cpu, stage
 from tests import services
-from tests.e2e.conftest import eventually
 from tests.e2e.nursery import gateways
 from tests.e2e.test_kills import Gateway
 
@@ -57,9 +56,7 @@ def rows(requests: int) -> list[Row]:
                 before, events = cpu(*both), bench.settled_events()
                 pace = asyncio.run(load(*those))
                 sent = len(those) * requests
-                eventually(
-                    lambda: bench.events() - events >= sent, seconds=20, what="every request is in the ledger"
-                )
+                bench.accounted(sent, events)
                 return (cpu(*both) - before) / sent, pace
 
             measured(*targets)

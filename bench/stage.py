@@ -169,22 +169,14 @@ class Stage:
         tokens: int = TOKENS,
         key: str = "",
     ) -> tuple[Tally, float]:
-        """Run one load; returns what the clients saw and the gateway's CPU seconds meanwhile.
-
-        The ledger must hold exactly as many new events afterwards.
-        """
+        """Run one load; returns what the clients saw and the gateway's CPU seconds until all is in the
+        ledger."""
         before = self.settled_events()
         target = self.through(body(stream=stream, model=model, tokens=tokens), key=key)
         started = cpu(self.gateway)
         tally = asyncio.run(run(target, requests=requests, connections=connections))
-        eventually(
-            lambda: self.events() - before >= requests, seconds=20, what="every request is in the ledger"
-        )
-        spent = cpu(self.gateway) - started
-        found = self.events() - before
-        if found != requests:
-            raise SystemExit(f"the ledger holds {found} new events for {requests} requests")
-        return tally, spent
+        self.accounted(requests, before)
+        return tally, cpu(self.gateway) - started
 
     def first_bytes(self, *, rounds: int, model: str = "instant") -> tuple[float, float]:
         """Median seconds to a stream's first byte when idle: through the gateway, and straight to the worker.
@@ -205,6 +197,15 @@ class Stage:
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
         seconds: dict[str, float] = json.loads(done.stdout)
         return seconds
+
+    def accounted(self, requests: int, before: int) -> None:
+        """Wait until the ledger has as many new events as requests were sent; it must not be one more.
+        `before`: what it had."""
+        eventually(
+            lambda: self.events() - before >= requests, seconds=20, what="every request is in the ledger"
+        )
+        if (found := self.events() - before) != requests:
+            raise SystemExit(f"the ledger holds {found} new events for {requests} requests")
 
     def settled_events(self) -> int:
         """The ledger's count once nothing is on its way any more (it is at most 250 ms behind)."""

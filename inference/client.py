@@ -261,7 +261,7 @@ def _cut(events: list[bytes], beginning: bytes) -> BadStream | None:
             if not event.isascii():
                 event.decode()
             _skip(event[len(b"data: ") :])
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             del events[at:]
             return BadStream("it sent an event that is no JSON")
     return None

@@ -260,7 +260,8 @@ class Connection(asyncio.Protocol):
         if due > now:
             self._timer = self._loop.call_at(due, self._look)
         else:
-            self._fail(f"it was silent for {self._silence:g} s")
+            # It may have begun to work: not the end of an idle connection, after which it is asked again.
+            self._fail(BrokenOff(f"it was silent for {self._silence:g} s"))
 
     def go_on(self) -> None:
         """The answer was read: there is room again."""
@@ -287,7 +288,9 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             cause = error.__context__
-            self._fail(str(cause) if isinstance(cause, BrokenOff) else "it sent something that is no HTTP")
+            self._fail(
+                cause if isinstance(cause, BrokenOff) else BrokenOff("it sent something that is no HTTP")
+            )
 
     def connection_lost(self, error: Exception | None) -> None:
         self._pool.forget(self._address, self)
@@ -301,13 +304,13 @@ class Connection(asyncio.Protocol):
             self.drop()
             answer.end()  # which the end of the connection marks
         else:
-            self._fail("the connection was lost")
+            self._fail((BrokenOff if self._head_bytes else NothingCame)("the connection was lost"))
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, error: AnswerFailed) -> None:
         answer = self._answer
         self.drop()
         if answer is not None:
-            answer.fail(BrokenOff(reason) if self._head_bytes else NothingCame(reason))
+            answer.fail(error)
 
     # -- by the parser
 

@@ -251,7 +251,10 @@ def take_report(node: Node, report: NodeReport) -> NodeOrders:
     _take_copies(node, report.copies)
     for gone in report.deleted:
         note_deleted_copy(
-            node=node, model_name=gone.name, source=gone.source, freed_bytes=_large(gone.freed_bytes)
+            node=node,
+            model_name=clean_text(gone.name, 120),
+            source=clean_text(gone.source, 1000),
+            freed_bytes=_large(gone.freed_bytes),
         )
     workers = list(
         Worker.objects.live()

@@ -5,6 +5,7 @@ Reads headers only. No Django: commands and pages both ask here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -51,8 +52,9 @@ class Facts:
     @property
     def writes_text(self) -> bool:
         """It generates, so each of its users needs a cache. Embedding models do not."""
-        # GGUF names an architecture (`llama`), not a class.
-        return self.architecture.endswith(_WRITES) or "For" not in self.architecture
+        name = self.architecture
+        # GGUF names an architecture (`llama`), not a class; a bare `BertModel` has no head that writes.
+        return name.endswith(_WRITES) or not ("For" in name or name.endswith("Model"))
 
 
 def folder_here(name: str, source: str, cache: Path) -> Path | None:
@@ -62,7 +64,7 @@ def folder_here(name: str, source: str, cache: Path) -> Path | None:
     """
     parsed = parse_source(source)
     folder = parsed.path if isinstance(parsed, FolderSource) else slot_of(name, parsed, cache).path
-    return folder if folder.is_dir() else None
+    return folder if os.path.isdir(folder) else None  # Path.is_dir raises where this process may not look
 
 
 def read_facts(folder: Path, *, dtype: str = "auto", quantization: str | None = None) -> Facts:

@@ -24,12 +24,8 @@ _NOT_PLAIN = (
     *("return_token_ids", "return_tokens_as_token_ids", "use_beam_search"),
 )
 """Fields whose answers are more than text, or text that cannot be entered in the middle."""
-
-
 _BY_TEXT = "continue_final_message"
 _BY_TOKENS = "continue_token_ids"
-
-
 _FINISH = re.compile(rb'"finish_reason": ?"')
 """Within a JSON string the quotes would be escaped, so this cannot be text."""
 
@@ -56,6 +52,10 @@ class _Delta(msgspec.Struct):
     reasoning: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[Any] | None = None
+
+    @property
+    def thinks(self) -> bool:
+        return bool(self.reasoning or self.reasoning_content)
 
 
 class _Choice(msgspec.Struct):
@@ -109,7 +109,7 @@ class Said:
             for choice in chunk.choices:
                 delta = choice.delta or _Delta()
                 self._calls |= bool(delta.tool_calls)
-                self._thinks |= bool(delta.reasoning or delta.reasoning_content)
+                self._thinks |= delta.thinks
                 self._texts.append(delta.content or choice.text)
                 self.finished |= choice.finish_reason is not None
 
@@ -200,7 +200,7 @@ def says_nothing(event: bytes) -> bool:
         return False
     return bool(choices) and all(
         choice.delta is not None
-        and not (choice.delta.content or choice.delta.tool_calls or choice.delta.reasoning_content)
+        and not (choice.delta.content or choice.delta.tool_calls or choice.delta.thinks)
         and choice.finish_reason is None
         for choice in choices
     )

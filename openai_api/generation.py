@@ -410,15 +410,18 @@ class Generation:
         self._asked_at = time.monotonic()
         return lease.worker
 
-    def _waits(self, place: int, seconds: float | None) -> None:
+    def _waits(self, place: int, seconds: float | None) -> bool:
+        """True: it wants to hear more of it. HTTP has one place to say it, before the answer."""
         if self._on_wait is not None:
             self._on_wait(place, seconds)
-        elif self._http is not None and self._place is None:
+            return True
+        if self._http is not None and self._place is None:
             self._place = place
             if not self._started:
                 self._http.answer_headers.append((b"x-queue-position", b"%d" % (place + 1)))
                 if seconds is not None:
                     self._http.answer_headers.append((b"x-queue-estimate", b"%.1f" % seconds))
+        return False
 
     def _note_first(self) -> None:
         """The worker's first byte is here: tell where the time until then went, if it is not too late."""
@@ -530,7 +533,8 @@ class Generation:
         """Revisions of deployments whose workers wrote what was said."""
         going_on: GoingOn | None = None
         while True:
-            worker = await self._next_worker(route, needs, avoid)
+            more = going_on.needs if going_on is not None else frozenset[str]()
+            worker = await self._next_worker(route, needs | more, avoid)
             if going_on is not None:
                 same_model = writers == {worker.revision_id}
                 body_left = going_on.body_for(worker.capabilities, same_model=same_model)
@@ -573,7 +577,6 @@ class Generation:
                     if going_on.tokens_left == 0 or said.finished:
                         await self._finish(said, shows_usage)
                         return
-                    needs = self._endpoint.needs | call.needs() | going_on.needs
             avoid |= {worker.id}
 
     # -- 9

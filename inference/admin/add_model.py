@@ -20,7 +20,7 @@ from registry.actions.deployments import deploy
 from registry.actions.language_models import add_language_model
 from registry.models import Deployment, LanguageModel, Node, Route
 from registry.states import EngineName, NodeState
-from registry.validators import UPSTREAM_SOURCE, validate_name
+from registry.validators import UPSTREAM_SOURCE, validate_host_label, validate_name
 
 KINDS = {
     "hub": "Hugging Face hub",
@@ -144,6 +144,10 @@ class AddModelForm(forms.Form):
         if self.source_text == UPSTREAM_SOURCE:
             self.add_error("deployed", "Deploy it with the engine upstream and its URL afterwards.")
         name = cleaned["name"]
+        try:
+            validate_host_label(name)
+        except ValidationError as error:
+            self.add_error("name", f"As the name of a deployment: {error.message}")
         if Deployment.objects.filter(name=name).exists():
             self.add_error("name", "There is a deployment of that name already; deploy the model by itself.")
         if Route.objects.filter(name=name).exists():

@@ -103,9 +103,16 @@ class Dispatcher:
             return ejected
         return free
 
+    def _any_free(self, deployment: DeploymentView) -> bool:
+        """Is a slot free, for whomever? Asked for each beat and each release, before anybody who waits is
+        looked at."""
+        tallies = self._fleet.tallies
+        return any(tallies[worker.id].free for worker in deployment.workers)
+
     def _lease(
         self, deployment: DeploymentView, free: list[Tally], demand: Demand, queue_seconds: float
     ) -> Lease:
+        demand.cached_tokens = 0  # by a worker that was chosen before, and failed
         if len(deployment.workers) == 1:
             tally = free[0]
         else:
@@ -130,21 +137,21 @@ class Dispatcher:
             if lease is not None:
                 return lease
             usable = self._usable(route, wish)
-        targets = [self._fleet.current(target) for target, _ in route.targets]
-        if not usable and not wish.avoid:
-            # One whose worker failed it is not kept waiting: its client may have waited for long already.
-            usable = [one for one in targets if _starts_within(one, _patience(route, one))]
         if not usable:
-            self.refused["no_worker"] += 1
-            retry = 1.0 + 2.0 * random.random()  # noqa: S311 - spreads retries, hides nothing
-            if any(one.workers for one in targets):
-                raise NoCapacity(retry, f"No live worker of {route.name} can take the request.")
-            later = min((one.starts_in for one in targets if one.starts_in), default=0.0)
-            raise NoWorker(
-                min(max(retry, later), LONGEST_RETRY_SECONDS),
-                f"No worker serves the model `{route.name}` now, and none is about to. "
-                "Please try again later.",
-            )
+            targets = [self._fleet.current(target) for target, _ in route.targets]
+            usable = [one for one in targets if _starts_within(one, _patience(route, one))]
+            # One whose worker failed it is not kept waiting: its client may have waited for long already.
+            if wish.avoid or not usable:
+                self.refused["no_worker"] += 1
+                retry = 1.0 + 2.0 * random.random()  # noqa: S311 - spreads retries, hides nothing
+                if usable or any(one.workers for one in targets):
+                    raise NoCapacity(retry, f"No live worker of {route.name} can take the request.")
+                later = min((one.starts_in for one in targets if one.starts_in), default=0.0)
+                raise NoWorker(
+                    min(max(retry, later), LONGEST_RETRY_SECONDS),
+                    f"No worker serves the model `{route.name}` now, and none is about to. "
+                    "Please try again later.",
+                )
         waiter = Waiter(wish)
         open_to = [one for one in usable if self._has_room(one, waiter)]
         if not open_to:
@@ -158,13 +165,11 @@ class Dispatcher:
         longest = max(_patience(route, deployment) for deployment in open_to)
         deadline = asyncio.get_running_loop().call_later(longest, waiter.expire)
         try:
-            if wish.told is None:
-                return await waiter.future
-            while True:
-                waiter.tell()
+            while waiter.tell():
                 done, _ = await asyncio.wait([waiter.future], timeout=TELL_SECONDS)
                 if done:
-                    return waiter.future.result()
+                    break
+            return await waiter.future
         except NoCapacity:
             self.refused["full" if waiter.sent_away else "deadline"] += 1
             raise
@@ -184,10 +189,11 @@ class Dispatcher:
 
     def _has_room(self, deployment: DeploymentView, waiter: Waiter) -> bool:
         queue = self._queues.setdefault(deployment.id, Queue())
-        if len(queue) >= deployment.queue_limit and not queue.make_room(waiter.wish):
-            return False
         most = deployment.queue_tokens
-        return most is None or not queue or queue.work + waiter.work <= most
+        if queue and most is not None and queue.work + waiter.work > most:
+            return False
+        # Last, for it sends another one away.
+        return len(queue) < deployment.queue_limit or queue.make_room(waiter.wish)
 
     def _could_serve(self, deployment: DeploymentView, wish: Wish, *, trusted: bool = False) -> bool:
         tallies = self._fleet.tallies
@@ -210,7 +216,7 @@ class Dispatcher:
         if not queue:
             return
         deployment = self._fleet.deployment(deployment_id)
-        if deployment is None:
+        if deployment is None or not self._any_free(deployment):
             return
         for waiter in queue.in_order():
             if waiter.future.done():
@@ -223,9 +229,9 @@ class Dispatcher:
                 queue.note_grant(waiter)
                 waiter.leave()
                 waiter.future.set_result(lease)
-            elif not wish.avoid and not wish.needs:
-                # Nothing is free for anybody. (One that is choosy does not hold up those behind it.)
-                return
+                if not self._any_free(deployment):
+                    return
+            # else: it is choosy, which does not hold up those behind it
 
 
 def _patience(route: RouteView, deployment: DeploymentView) -> float:

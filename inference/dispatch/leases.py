@@ -21,6 +21,9 @@ DELAY_SECONDS = 1.0
 """A report may be this much older than its time stamp says: beats are written in batches."""
 SAMPLES = 24
 """Peaks of own leases kept, one per refresh (0.5 s)."""
+SAMPLE_SECONDS = 0.4
+"""Refreshes that come sooner (`Fleet.look`) are no reason to forget older peaks, which reports may still have
+in them."""
 USUAL_WORK = 1000.0
 """Taken for another gateway's request (`Demand.work`) while there is none of our own to compare with."""
 
@@ -140,9 +143,10 @@ class Tally:
         self.report(load, worker.reported_at, now)
 
     def age(self, now: float) -> None:
-        """Half a second has passed: note our peak, and let the last report lose weight."""
-        self._peaks.append((now, self._peak))
-        self._peak = self.leases
+        """Time has passed: note our peak, twice a second, and let the last report lose weight."""
+        if not self._peaks or now - self._peaks[-1][0] >= SAMPLE_SECONDS:
+            self._peaks.append((now, self._peak))
+            self._peak = self.leases
         self._weigh(now)
 
     def mark_unreachable(self, now: float) -> None:

@@ -39,9 +39,9 @@ class Wish(NamedTuple):
     demand: Demand = NO_DEMAND
     last_try: bool = False
     """Where it fails once more it is refused: a fallback is asked rather."""
-    told: Callable[[int, float | None], None] | None = None
-    """Called when it begins to wait, and every second: how many are served first, and in about how many
-    seconds its turn comes (None while that cannot be said)."""
+    told: Callable[[int, float | None], bool] | None = None
+    """Called when it begins to wait, and every second while it returns True: how many are served first, and
+    in about how many seconds its turn comes (None while that cannot be said)."""
 
 
 class Waiter:
@@ -59,11 +59,13 @@ class Waiter:
         self.sent_away = False
         self.queues: list[Queue] = []
 
-    def tell(self) -> None:
-        """Say to whom it concerns how far it is, in the queue where it is the furthest."""
-        if self.wish.told is not None and self.queues:
-            place, queue = min(((queue.place(self), queue) for queue in self.queues), key=itemgetter(0))
-            self.wish.told(place, queue.seconds(place))
+    def tell(self) -> bool:
+        """Say to whom it concerns how far it is, in the queue where it is the furthest. True: it is to be
+        told again."""
+        if self.wish.told is None or not self.queues:
+            return False
+        place, queue = min(((queue.place(self), queue) for queue in self.queues), key=itemgetter(0))
+        return self.wish.told(place, queue.seconds(place))
 
     def give_way(self, queue: Queue) -> None:
         """Wait in this queue no longer."""
@@ -122,10 +124,10 @@ class Queue:
         if waiter in self._waiters:
             del self._waiters[waiter]
             self.work -= waiter.work
+            self._places.pop(waiter, None)
         if not self._waiters:
             # Nobody has a share of what is idle.
             self._ends.clear()
-            self._places.clear()
             self._now = 0.0
 
     def in_order(self) -> Iterable[Waiter]:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
-from typing import Any, TypedDict, TypeVar, cast
+from typing import TypedDict, TypeVar, cast
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import Send
 
 from inference.engines.base import Delta, Engine, GenerationRequest
 from inference.engines.chat import SampledRequest, parse_chat, to_generations
@@ -25,23 +24,16 @@ from inference.engines.completions import TextChunks, WholeTexts, parse_completi
 from inference.engines.completions import to_generations as texts_to_generations
 from inference.engines.http import (
     FAILED,
-    ClientLeft,
+    Begun,
     Refusal,
     Running,
     WorkerApp,
-    as_refusals,
     begin_stream,
-    header,
-    read_body,
     send_end,
     send_whole,
 )
 from inference.engines.tokenize import detokenize, tokenize
 from inference.engines.usage import Totals
-
-_Begun = Callable[[Send], Coroutine[Any, Any, None]]
-"""A request that was read and checked; called, it answers."""
-
 
 Step = TypeVar("Step")
 _Chunks = ChatChunks | TextChunks
@@ -70,38 +62,13 @@ class EngineApp(WorkerApp):
             slots=slots,
             served_name=served_name,
             answers={
-                "/v1/chat/completions": partial(self._serve, self._begin_chat),
-                "/v1/completions": partial(self._serve, self._begin_completions),
-                "/tokenize": partial(self._serve, partial(self._begin_tokens, tokenize)),
-                "/detokenize": partial(self._serve, partial(self._begin_tokens, detokenize)),
+                "/v1/chat/completions": self._begin_chat,
+                "/v1/completions": self._begin_completions,
+                "/tokenize": partial(self._begin_tokens, tokenize),
+                "/detokenize": partial(self._begin_tokens, detokenize),
             },
         )
         self._engine = engine
-
-    async def _serve(
-        self, begin: Callable[[Running, bytes], _Begun], scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        """Answer one request; returns when the answer is sent or nobody waits for it."""
-        request_id = header(scope, b"x-request-id") or uuid.uuid4().hex
-        running = Running(request_id)
-        try:
-            await self._run(begin, running, receive, send)
-        except ClientLeft:
-            return
-        except Refusal as refusal:
-            if running.begun:
-                await send_end(send, b"data: " + refusal.body + b"\n\n")
-            else:
-                await send_whole(send, refusal.status, refusal.body, request_id)
-
-    async def _run(
-        self, begin: Callable[[Running, bytes], _Begun], running: Running, receive: Receive, send: Send
-    ) -> None:
-        body = await read_body(receive)
-        with as_refusals():
-            answer = begin(running, body)
-            async with self._active_while(running):
-                await self._until_left(running, answer(send), receive)
 
     def _engine_id(self, running: Running) -> str:
         """Fresh: two requests with one id must not meet inside the engine."""
@@ -111,7 +78,7 @@ class EngineApp(WorkerApp):
 
     def _begin_tokens(
         self, answer: Callable[[Engine, bytes], Awaitable[bytes]], running: Running, body: bytes
-    ) -> _Begun:
+    ) -> Begun:
         self._refuse_unless_serving()
 
         async def begun(send: Send) -> None:
@@ -121,7 +88,7 @@ class EngineApp(WorkerApp):
 
     # -- chat and completions
 
-    def _begin_chat(self, running: Running, body: bytes) -> _Begun:
+    def _begin_chat(self, running: Running, body: bytes) -> Begun:
         chat = parse_chat(body)
         self._refuse_unless_serving()
         wanted = to_generations(chat, self._engine_id(running), self._engine.capabilities)
@@ -134,7 +101,7 @@ class EngineApp(WorkerApp):
             writer = WholeChat(wanted[0], totals, form=self._engine.tool_form, **told)
         return partial(self._answer, running, wanted, totals, writer)
 
-    def _begin_completions(self, running: Running, body: bytes) -> _Begun:
+    def _begin_completions(self, running: Running, body: bytes) -> Begun:
         asked = parse_completion(body)
         self._refuse_unless_serving()
         wanted = texts_to_generations(asked, self._engine_id(running), self._engine.capabilities)

@@ -11,9 +11,11 @@ import asyncio
 import itertools
 import logging
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -33,8 +35,6 @@ logger = logging.getLogger(__name__)
 JSON = "application/json"
 BUSY = "This worker takes no new requests."
 FAILED = "The engine failed to answer this request."
-
-Answer = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Refusal(Exception):
@@ -92,13 +92,19 @@ class Running:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+Begun = Callable[[Send], Coroutine[Any, Any, None]]
+"""A request that was read; called, it answers."""
+Begin = Callable[[Running, bytes], Begun]
+"""Takes a request and its body. Raises Refusal or BadRequest."""
+
+
 class WorkerApp:
     """Serves one engine. `ready` and `accepting` are switched by the process around it.
 
     `asgi` is the application: the endpoints above, and a POST route for each of `answers`.
     """
 
-    def __init__(self, engine: Model, *, slots: int, served_name: str, answers: Mapping[str, Answer]) -> None:
+    def __init__(self, engine: Model, *, slots: int, served_name: str, answers: Mapping[str, Begin]) -> None:
         self.ready = False
         self.accepting = True
         self._model = engine
@@ -110,7 +116,10 @@ class WorkerApp:
         self.asgi = Starlette(
             routes=[
                 # A class-based endpoint would be called per request; this one is the ASGI application.
-                *(Route(path, _Endpoint(answer), methods=["POST"]) for path, answer in answers.items()),
+                *(
+                    Route(path, _Endpoint(partial(self._serve, begin)), methods=["POST"])
+                    for path, begin in answers.items()
+                ),
                 Route("/v1/models", self._models, methods=["GET"]),
                 Route("/load", self._load, methods=["GET"]),
                 Route("/health", self._health, methods=["GET"]),
@@ -141,7 +150,11 @@ class WorkerApp:
         return _json(msgspec.structs.asdict(self.load_report()))
 
     async def _health(self, request: Request) -> Response:
-        return Response(status_code=200 if self.ready and self._model.healthy() else 503)
+        try:
+            well = self.ready and self._model.healthy()
+        except EngineError:  # the process is about to end, and says why itself
+            well = False
+        return Response(status_code=200 if well else 503)
 
     async def _abort(self, request: Request) -> Response:
         try:
@@ -163,6 +176,24 @@ class WorkerApp:
         return _json(msgspec.structs.asdict(reply))
 
     # -- a request's life
+
+    async def _serve(self, begin: Begin, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; returns when the answer is sent or nobody waits for it."""
+        running = Running(header(scope, b"x-request-id") or uuid.uuid4().hex)
+        try:
+            body = await read_body(receive)
+            with as_refusals():
+                answer = begin(running, body)
+                del body
+                async with self._active_while(running):
+                    await self._until_left(running, answer(send), receive)
+        except ClientLeft:
+            return
+        except Refusal as refusal:
+            if running.begun:
+                await send_end(send, b"data: " + refusal.body + b"\n\n")
+            else:
+                await send_whole(send, refusal.status, refusal.body, running.request_id)
 
     def _refuse_unless_serving(self) -> None:
         if not self.ready or not self.accepting:
@@ -203,7 +234,7 @@ class WorkerApp:
 class _Endpoint:
     """A method as an ASGI application: Starlette hands plain functions a Request instead."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -209,11 +209,15 @@ def _of_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, Mapping) else config
 
 
+_LARGEST = 1e12
+"""Beyond this a number is no model's: what is computed with it would be none that can be told."""
+
+
 def _first(config: Mapping[str, Any], *names: str) -> int | None:
     """The first of them that is a number: libraries call the same thing by many names."""
     for name in names:
         value = config.get(name)
-        if isinstance(value, int | float) and value > 0:
+        if isinstance(value, int | float) and 0 < value < _LARGEST:
             return int(value)
     return None
 

@@ -39,9 +39,12 @@ def check_folder(folder: Path) -> Path | None:
     Raises SourceError: MISSING_FILE for what is not there or damaged, UNSAFE_FORMAT for what could
     run code, BAD_ARGUMENT where a person has to choose. Messages name files, never folders.
     """
-    if not folder.is_dir():
-        raise missing("The model's folder does not exist on this node.")
-    names = {entry.name for entry in folder.iterdir() if entry.is_file()}
+    try:
+        if not folder.is_dir():
+            raise missing("The model's folder does not exist on this node.")
+        names = {entry.name for entry in folder.iterdir() if entry.is_file()}
+    except OSError:
+        raise missing("The model's folder cannot be read.") from None
     suffixes = {Path(name).suffix.lower() for name in names}
     refuse_code(folder, names)
     if WEIGHTS not in names and INDEX not in names:

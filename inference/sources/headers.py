@@ -33,6 +33,8 @@ _LARGEST_ALIGNMENT = 1 << 20
 _LARGEST_NAME = 1024
 _DIMENSIONS = 4
 """Of a GGUF tensor at most."""
+_MOST_DIMENSIONS = 64
+"""Of a safetensors tensor, as in PyTorch: the product of a million numbers takes hours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ _Size = Annotated[int, msgspec.Meta(ge=0)]
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True):
     dtype: str
-    shape: list[_Size]
+    shape: Annotated[list[_Size], msgspec.Meta(max_length=_MOST_DIMENSIONS)]
     data_offsets: tuple[_Size, _Size]
 
 
@@ -267,6 +269,8 @@ def _value(file: IO[bytes], end: int, kind: int, depth: int = 0) -> str | int | 
     if kind != _ARRAY or depth == _NESTED:
         raise ValueError("an unknown value type")
     inner, count = _unpack(file, "<I"), _unpack(file, "<Q")
+    if file.tell() > end:
+        raise ValueError("a list beyond the header")
     if inner in _WIDTHS:
         _skip(file, end, _WIDTHS[inner] * count)
     elif inner == _STRING and count <= _LARGEST_LIST:
@@ -287,7 +291,7 @@ def _unpack(file: IO[bytes], form: str) -> int:
 
 def _string(file: IO[bytes], end: int, most: int) -> str:
     length = _unpack(file, "<Q")
-    if length > min(end, most):
+    if length > min(end - file.tell(), most):
         raise ValueError("a string beyond the header")
     content = file.read(length)
     if len(content) < length:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import math
 import os
 import re
 import tempfile
@@ -42,6 +43,8 @@ FIRST_PAUSE_SECONDS = 0.5
 TIMEOUT_SECONDS = 30.0
 LOOK_SECONDS = 5.0
 """Longest silence of a hub that is only asked about a model."""
+LOOK_SECONDS_IN_ALL = 15.0
+"""After this long no more of an answer is read."""
 LARGEST_LISTING = 64 * 1024 * 1024
 LARGEST_SMALL_FILE = 256 * 1024 * 1024
 _CHUNK = 1024 * 1024
@@ -233,15 +236,16 @@ class Look:
 
 
 def look(source: HubSource) -> Look:
-    """Ask the hub about a model, once and for a few seconds at most: a person waits for it.
+    """Ask the hub about a model, once and for some seconds at most: a person waits for it.
 
     Raises SourceError, also for a model that `fetch` would refuse by its list of files.
     """
     hub, client = client_of(source)
+    until = time.monotonic() + LOOK_SECONDS_IN_ALL
 
     def get(path: str) -> bytes:
         try:
-            return _read_all(client.open(path, timeout=LOOK_SECONDS))
+            return _read_all(client.open(path, timeout=LOOK_SECONDS), until)
         except HTTPError as error:
             raise _refusal(client, source, error.code) from error
         except _Broken as error:
@@ -289,7 +293,7 @@ def _listing(hub: Hub, client: Client, source: HubSource) -> list[RemoteFile]:
 def _files_in(hub: Hub, client: Client, source: HubSource, text: bytes) -> list[RemoteFile]:
     try:
         files = hub.files(source, msgspec.json.decode(text))
-    except (msgspec.DecodeError, KeyError, TypeError, ValueError, AttributeError):
+    except (msgspec.DecodeError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise SourceError(
             Cause.FETCH, f"{client.host} answered, but not as a model hub does; check the endpoint."
         ) from None
@@ -300,10 +304,12 @@ def _files_in(hub: Hub, client: Client, source: HubSource, text: bytes) -> list[
     return files
 
 
-def _read_all(response: http.client.HTTPResponse) -> bytes:
+def _read_all(response: http.client.HTTPResponse, until: float = math.inf) -> bytes:
     with response:
         text = _read(response, LARGEST_LISTING + 1)
         while len(text) <= LARGEST_LISTING and (more := _read(response, LARGEST_LISTING + 1 - len(text))):
+            if time.monotonic() > until:
+                raise _Broken("its answer takes too long")
             text += more
     if len(text) > LARGEST_LISTING:
         raise SourceError(Cause.FETCH, "The hub's list of files is larger than any such list.")
@@ -337,7 +343,7 @@ def _modules(folder: Path) -> set[str]:
         return set()
     try:
         modules = msgspec.json.decode(path.read_bytes(), type=list[dict[str, Any]])
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise missing("modules.json is damaged: it is not a list of modules.") from None
     names = {str(module.get("path", "")) for module in modules}
     return {name for name in names if _FOLDER.fullmatch(name)}
@@ -351,13 +357,13 @@ def _weights(source: HubSource, files: Mapping[str, RemoteFile], folder: Path) -
         return [files[source.file]]
     if INDEX in files:
         shards = read_object(folder / INDEX).get("weight_map")
-        names = set(shards.values()) if isinstance(shards, dict) else set()
+        names = list(shards.values()) if isinstance(shards, dict) else []
         for name in names:
             if not isinstance(name, str) or not _SHARD.fullmatch(name):
                 raise SourceError(Cause.UNSAFE_FORMAT, f"{INDEX} names a file that is no safetensors shard.")
             if name not in files:
                 raise missing(f"{source.repository} lacks {short(name)}, which {INDEX} lists.")
-        return [files[name] for name in sorted(names)]
+        return [files[name] for name in sorted(set(names))]
     if WEIGHTS in files:
         return [files[WEIGHTS]]
     ggufs = sorted(name for name in files if name.lower().endswith(".gguf"))

@@ -61,17 +61,25 @@ def slot_of(name: str, source: PackageSource | HubSource, cache: Path) -> Slot:
 
 
 def delete_copy(name: str, source: Source, cache: Path) -> int | None:
-    """Delete what `prepare` fetched into the cache; the bytes that it had, None when somebody prepares it
-    right now. Of a folder that was given nothing is deleted. Raises OSError."""
-    if isinstance(source, FolderSource):
-        return 0
-    slot = slot_of(name, source, cache)
-    if slot.is_locked():
-        return None
-    if not (slot.path.exists() or slot.partial.exists()):
-        return 0
-    with slot.locked():
-        return slot.delete()
+    """Delete what `prepare` made of it in the cache; the bytes that it had, None when somebody prepares it
+    right now. A folder that was given stays. Raises OSError."""
+    freed = 0
+    for slot in _slots_of(name, source, cache):
+        if slot.is_locked():
+            return None
+        if slot.path.exists() or slot.partial.exists():
+            with slot.locked():
+                freed += slot.delete()
+    return freed
+
+
+def _slots_of(name: str, source: Source, cache: Path) -> list[Slot]:
+    if not isinstance(source, FolderSource):
+        return [slot_of(name, source, cache)]
+    # Converted from the folder's GGUF file, which may be gone or another one by now: the copies tell.
+    any_key = Slot(cache, name, "")
+    made = [caches.read_manifest(path) for path in any_key.root.glob(f"{any_key.path.name}*")]
+    return [Slot(cache, name, copy.key) for copy in made if copy and copy.source == str(source)]
 
 
 def _prepare_hub(name: str, source: HubSource, cache: Path, reporter: Reporter, *, full_check: bool) -> Path:

@@ -51,9 +51,12 @@ class Api:
     """One base URL and one key."""
 
     def __init__(self, base_url: str, key: str) -> None:
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise Unanswered(f"The URL must be like http://127.0.0.1:8000/v1, not {base_url}.")
+        try:
+            parts = urlsplit(base_url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+                raise ValueError
+        except ValueError as error:  # of urlsplit, or of a port that is no number
+            raise Unanswered(f"The URL must be like http://127.0.0.1:8000/v1, not {base_url}.") from error
         self.base_url = base_url.rstrip("/")
         self._parts = parts
         self._key = key
@@ -79,13 +82,14 @@ class Api:
         connection, response = self._send("POST", "/chat/completions", body)
         try:
             for event in _events(response):
-                if "error" in event:
-                    raise Unanswered(str(event["error"].get("message", "The answer was interrupted.")))
+                if error := event.get("error"):
+                    said = error.get("message") if isinstance(error, dict) else error
+                    raise Unanswered(str(said or "The answer was interrupted."))
                 usage = event.get("usage") or {}
                 answer.prompt_tokens = usage.get("prompt_tokens", answer.prompt_tokens)
                 answer.completion_tokens = usage.get("completion_tokens", answer.completion_tokens)
-                for choice in event.get("choices", []):
-                    if text := choice.get("delta", {}).get("content"):
+                for choice in event.get("choices") or ():
+                    if text := (choice.get("delta") or {}).get("content"):
                         answer.last = time.monotonic()
                         answer.first = answer.first or answer.last
                         answer.text += text

@@ -28,15 +28,17 @@ class Conversation:
         self._sampling = sampling
         self.said: list[dict[str, str]] = []
         self._asked = ""
+        self._place = 0
+        """Of the last question in `said`, whether it got an answer or not."""
         self._file: Path | None = None
 
     def reset(self) -> None:
         self.said.clear()
-        self._asked = ""
+        self._asked, self._place = "", 0
 
     def ask(self, text: str) -> Iterator[Answer]:
         """Yield the growing answer; closed early, what came so far is what was said. Raises Unanswered."""
-        self._asked = text
+        self._asked, self._place = text, len(self.said)
         asked = {"role": "user", "content": text}
         system = [{"role": "system", "content": self.system}] if self.system else []
         pieces = self.api.chat(self.model, [*system, *self.said, asked], **self._sampling)
@@ -57,15 +59,13 @@ class Conversation:
         return self._again()
 
     def _again(self) -> Iterator[Answer]:
-        before = list(self.said)
-        if self.said and self.said[-2]["content"] == self._asked:
-            del self.said[-2:]
-        kept = len(self.said)
+        before = self.said[self._place :]
+        del self.said[self._place :]
         try:
             yield from self.ask(self._asked)
         finally:
-            if len(self.said) == kept:
-                self.said[:] = before
+            if len(self.said) == self._place:
+                self.said += before
 
     def save(self, path: Path) -> None:
         """Write it to a file that only its owner reads. A file of something else is left alone."""
@@ -74,7 +74,8 @@ class Conversation:
         ours = path.resolve() == self._file
         flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if ours else os.O_EXCL)
         try:
-            with open(os.open(path, flags, 0o600), "w", encoding="utf-8") as file:
+            # Half a surrogate pair, which no encoding takes, becomes the escape that JSON has for it.
+            with open(os.open(path, flags, 0o600), "w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
         except FileExistsError as error:
             raise Unusable(f"{path} exists already") from error
@@ -92,7 +93,7 @@ class Conversation:
             system = whole["system"]
         except OSError as error:
             raise Unusable(f"{path} cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise Unusable(f"{path} is no saved conversation") from error
         roles = [_ROLES[at % 2] for at in range(len(said))]
         texts = [system, *(one["content"] for one in said)]
@@ -100,4 +101,4 @@ class Conversation:
         if not all_text or len(said) % 2 or [one["role"] for one in said] != roles:
             raise Unusable(f"{path} is no saved conversation")
         self.said, self.system, self._file = said, system, path.resolve()
-        self._asked = said[-2]["content"] if said else ""
+        self._asked, self._place = (said[-2]["content"], len(said) - 2) if said else ("", 0)

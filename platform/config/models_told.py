@@ -24,6 +24,8 @@ def template_in_words(model: LanguageModel, facts: Facts | None) -> str:
         return f"{known}, of the library" if known else f"given, {len(model.chat_template)} characters"
     if facts is None or facts.has_chat_template:
         return "the model's own"
+    if not facts.writes_text:
+        return "none: it writes no text"
     fits = chat_templates.suggested(model.name, model.source)
     return "none: it completes text but does not chat" + (f"; {fits} fits its name" if fits else "")
 

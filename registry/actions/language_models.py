@@ -46,8 +46,8 @@ def change_language_model(*, language_model: LanguageModel, by: str) -> None:
 def delete_language_model(*, language_model: LanguageModel, by: str, files: bool = False) -> None:
     """Delete a model and what is known of its copies. Raises StillInUse.
 
-    Files on nodes stay; with `files` the nodes delete what they fetched, each when it is heard next. A folder
-    that the operator gave is never touched.
+    Files on nodes stay; with `files` the nodes delete what they fetched or converted, each when it is heard
+    next. A folder that the operator gave is never touched.
     """
     used = list(
         Deployment.objects.filter(
@@ -79,9 +79,9 @@ def delete_language_model(*, language_model: LanguageModel, by: str, files: bool
 
 @transaction.atomic
 def note_deleted_copy(*, node: Node, model_name: str, source: str, freed_bytes: int) -> None:
-    """A node says that these files are gone; what it was not asked for is not noted."""
+    """A node says that these files are gone; what it was not asked for, or did not have, is not noted."""
     asked, _ = UnwantedCopy.objects.filter(node=node, model_name=model_name, source=source).delete()
-    if asked:
+    if asked and freed_bytes:
         record_event(
             node,
             "files deleted",

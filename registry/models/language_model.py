@@ -6,8 +6,8 @@ from django.db.models import Q
 from django.utils import timezone
 
 from registry.chat_templates import problem_of
-from registry.states import COPY_UNDER_WAY, CopyState
-from registry.validators import validate_name, validate_source
+from registry.states import COPY_UNDER_WAY, CopyState, EngineName
+from registry.validators import UPSTREAM_SOURCE, validate_name, validate_source
 
 
 class LanguageModel(models.Model):
@@ -39,6 +39,10 @@ class LanguageModel(models.Model):
     def clean(self) -> None:
         if self.chat_template and (problem := problem_of(self.chat_template)):
             raise ValidationError({"chat_template": f"This is no chat template: {problem}"})
+        if self.pk and self.source == UPSTREAM_SOURCE:
+            others = self.deployments.exclude(engine=EngineName.UPSTREAM)
+            if named := ", ".join(others.values_list("name", flat=True)[:10]):
+                raise ValidationError({"source": f"Its files are needed here, by the deployment(s) {named}."})
 
 
 class UnwantedCopy(models.Model):

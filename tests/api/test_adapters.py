@@ -16,7 +16,7 @@ from tests.api.scripted import Scripted, scripted
 from tests.factories import make_api_key, make_budget, make_deployment, make_limit, make_price, make_worker
 
 SQL = f"{ROUTE}:sql"
-CAN = ("endpoint:chat", "endpoint:completions", "temperature")
+CAN = ("endpoint:chat", "endpoint:completions", "temperature", "continue_final_message")
 
 
 def answer(model: str) -> dict[str, Any]:
@@ -69,6 +69,22 @@ def test_only_a_worker_that_carries_the_adapter_is_asked_and_by_its_name(
         assert told.json()["model"] == SQL
     assert not plain.asked
     assert [body["model"] for _, body in carrying.asked] == ["lora:sql"] * 6
+
+
+def test_a_stream_goes_on_with_a_worker_that_carries_it_or_not_at_all(
+    served: Served, plain: Scripted, carrying: Scripted
+) -> None:
+    chunk = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "lora:sql"}
+    carrying.answer = [
+        chunk | {"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]}
+        for word in ("SELECT", " 1")
+    ]
+    body = {"model": SQL, "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    told = served.request("POST", "/v1/chat/completions", json.dumps(body).encode())
+    assert b"SELECT" in told.body
+    assert b"stream_interrupted" in told.body
+    assert len(carrying.asked) == 1
+    assert plain.asked == []
 
 
 def test_its_usage_is_accounted_under_its_full_name(served: Served, carrying: Scripted) -> None:

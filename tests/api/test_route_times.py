@@ -153,13 +153,18 @@ async def test_a_request_has_so_much_time_and_no_more(two):
 async def test_who_waited_hears_its_place(two):
     served, _, fallback = two
     fallback.process.kill()
+    told = []
     async with served.client() as client:
-        busy = await client.chat.completions.create(**say("!tokens 60"), stream=True)
-        waited = await client.chat.completions.with_raw_response.create(**say("!tokens 2"))
-        async for _ in busy:
-            pass
+        for _ in range(3):
+            busy = await client.chat.completions.create(**say("!tokens 60"), stream=True)
+            waited = await client.chat.completions.with_raw_response.create(**say("!tokens 2"))
+            told.append(waited.headers)
+            async for _ in busy:
+                pass
         free = await client.chat.completions.with_raw_response.create(**say("!tokens 2"))
-    assert waited.headers["x-queue-position"] == "1"
+    assert [headers["x-queue-position"] for headers in told] == ["1"] * 3
+    assert "x-queue-estimate" not in told[0], "nobody has waited yet: no pace is known"
+    assert float(told[2]["x-queue-estimate"]) > 0
     assert "x-queue-position" not in free.headers
 
 

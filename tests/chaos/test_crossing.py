@@ -1,5 +1,5 @@
-"""Many ask at once and leave in every way there is: nobody gets what is
-another's, and nothing is left over."""
+"""Many ask at once and leave in every way there is: nobody gets what is another's, and nothing is
+left over."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 import transformers
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from tokenizers import Tokenizer
@@ -25,6 +26,7 @@ from inference.engines.base import BadRequest, EngineError, EngineSpec, LoadErro
 from inference.engines.embedding.app import EmbeddingApp
 from inference.engines.embedding.batcher import Batcher
 from inference.engines.embedding.engine import EmbeddingEngine
+from inference.engines.embedding.packing import ENDS, NotWholeTexts, attend
 from inference.engines.embedding.tokens import Piece, longest_first
 from inference.protocol import Cause, Progress
 from tests.engines.tiny_bert import CONTEXT, make_tiny_encoder, make_tiny_reranker, write
@@ -135,11 +137,16 @@ async def test_texts_of_all_lengths_in_one_step_keep_to_themselves(tmp_path: Pat
         before = engine.load_report().steps
         answer = await engine.embed(texts)
         assert engine.load_report().steps == before + 1
+        assert engine._loaded is not None
+        assert not engine._loaded.padded
     assert np.abs(answer.rows - as_sentence_transformers(folder, texts)).max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["ModernBert", "Qwen3"])
-async def test_a_model_that_needs_padding_gives_its_own_vectors(tmp_path: Path, kind: str) -> None:
+async def test_a_model_that_needs_padding_is_padded_and_gives_its_own_vectors(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="roundhouse.engine")
     folder = make_tiny_encoder(tmp_path / "model")
     size = json.loads((folder / "config.json").read_text())
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -153,7 +160,21 @@ async def test_a_model_that_needs_padding_gives_its_own_vectors(tmp_path: Path, 
     getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
     async with serving(folder) as engine:
         answer = await engine.embed(TEXTS)
+        assert engine._loaded is not None
+        assert engine._loaded.padded
+    assert "cannot do without padding (NotWholeTexts)" in caplog.text
     assert np.abs(answer.rows - as_sentence_transformers(folder, TEXTS)).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("causal", "given"), [(True, {}), (False, {"sliding_window": 4}), (False, {"position_bias": 1.0})]
+)
+def test_attention_that_is_not_to_whole_texts_is_refused(causal: bool, given: dict[str, Any]) -> None:
+    module = torch.nn.Module()
+    module.is_causal = causal  # type: ignore[assignment]
+    one = torch.zeros(1, 1, 3, 2)
+    with pytest.raises(NotWholeTexts):
+        attend(module, one, one, one, None, **{ENDS: torch.tensor([0, 1, 3])}, **given)
 
 
 # -- batching

@@ -390,6 +390,31 @@ def test_a_model_that_cannot_be_trusted_is_refused_and_nothing_is_left(
     assert {Path(name).suffix for name in content_below(tmp_path)} == {".lock"}
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors.index.json", b'{"weight_map": {"a": []}}'),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": {"b": "c"}}}'),
+        ("modules.json", b'["\xff"]'),
+        ("modules.json", b'[{"a":' * 100_000),
+    ],
+)
+def test_lists_of_files_that_are_none_are_refused(
+    fake: FakeHub, tmp_path: Path, name: str, content: bytes
+) -> None:
+    fake.files[name] = content
+    assert name in refusal(tmp_path).detail
+
+
+def test_a_hub_that_is_only_asked_is_not_listened_to_for_ever(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "LOOK_SECONDS_IN_ALL", -1.0)
+    monkeypatch.setattr(hub, "_read", lambda response, most: b"{" * min(most, 10))
+    with pytest.raises(SourceError, match="takes too long"):
+        hub.look(SOURCE)
+
+
 def test_a_model_that_needs_code_is_refused_before_its_weights_move(fake: FakeHub, tmp_path: Path) -> None:
     fake.files["config.json"] = b'{"auto_map": {"AutoModel": "x.Y"}}'
     refusal(tmp_path)

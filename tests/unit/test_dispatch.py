@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from inference.dispatch.breaker import OPEN_SECONDS
+from inference.dispatch.demand import BLOCK_BYTES, Demand
 from inference.dispatch.dispatcher import Dispatcher
 from inference.dispatch.fleet import Fleet
 from inference.dispatch.leases import FADE_SECONDS, FRESH_SECONDS, Tally
@@ -212,6 +213,7 @@ async def test_a_full_queue_refuses_with_a_jittered_retry_after(fleet, dispatche
         pauses.add(refused.value.retry_after)
     assert len(pauses) == 5
     assert all(1 <= pause <= 3 for pause in pauses)
+    assert dispatcher.refused == {"no_worker": 0, "full": 5, "deadline": 0}
     held.release()
     (await waiting).release()
 
@@ -223,6 +225,7 @@ async def test_the_deadline_in_the_queue_is_no_capacity(fleet, dispatcher):
     with pytest.raises(NoCapacity, match="was free"):
         await dispatcher.acquire(route(one))
     assert dispatcher.waiting(1) == 0
+    assert dispatcher.refused == {"no_worker": 0, "full": 0, "deadline": 1}
     held.release()
     assert fleet.tallies[1].leases == 0
 
@@ -234,6 +237,7 @@ async def test_without_a_live_worker_nobody_waits(fleet, dispatcher):
         await dispatcher.acquire(route(one))
     with pytest.raises(NoWorker):
         await dispatcher.acquire(RouteView(name="empty", targets=()))
+    assert dispatcher.refused == {"no_worker": 2, "full": 0, "deadline": 0}
 
 
 async def test_while_a_replacement_starts_requests_wait_for_it(fleet, dispatcher):
@@ -269,8 +273,9 @@ async def test_one_that_starts_too_late_is_not_waited_for_and_the_client_is_told
 async def test_whose_worker_has_died_of_it_or_with_it_does_not_wait_for_the_next(fleet, dispatcher):
     one = deployment(1, starts_in=0.0)
     fleet.see(one)
-    with pytest.raises(NoCapacity):
+    with pytest.raises(NoCapacity) as refused:
         await dispatcher.acquire(route(one), Wish(avoid=frozenset({1})))
+    assert not isinstance(refused.value, NoWorker), "one is about to serve"
     assert dispatcher.waiting(1) == 0
 
 
@@ -317,6 +322,49 @@ async def test_only_a_worker_that_honours_what_is_needed_is_leased(fleet, dispat
     (await choosy).release()
     with pytest.raises(NoCapacity):
         await dispatcher.acquire(route(one), Wish(needs=frozenset({"never"})))
+
+
+async def test_while_nothing_is_free_those_who_wait_are_not_looked_at(fleet, dispatcher, monkeypatch):
+    one = deployment(1, worker(1, capabilities=frozenset({"endpoint:chat"})), queue_limit=50)
+    fleet.see(one)
+    wish = Wish(needs=frozenset({"endpoint:chat"}))
+    held = await dispatcher.acquire(route(one), wish)
+    waiting = [asyncio.create_task(dispatcher.acquire(route(one), wish)) for _ in range(50)]
+    await queued(dispatcher, 50)
+    looked = 0
+    free = dispatcher._free
+
+    def counted(*args):
+        nonlocal looked
+        looked += 1
+        return free(*args)
+
+    monkeypatch.setattr(dispatcher, "_free", counted)
+    fleet.note_load(1, Load(running=1))
+    assert looked == 0
+    held.release()
+    assert looked == 1
+    (await waiting[0]).release()
+    assert looked == 2
+    for task in waiting[1:]:
+        task.cancel()
+    await asyncio.gather(*waiting[1:], return_exceptions=True)
+    assert fleet.tallies[1].leases == 0
+
+
+async def test_what_one_worker_has_in_its_cache_is_no_discount_at_the_next(fleet, dispatcher):
+    first = deployment(1, worker(1), worker(2), policy="prefix_affinity")
+    second = deployment(2, worker(3, deployment_id=2))
+    fleet.see(first, second)
+    body = b"x" * 4 * BLOCK_BYTES
+    (await dispatcher.acquire(route(first), Wish(demand=Demand(body)))).release()
+    demand = Demand(body)
+    lease = await dispatcher.acquire(route(first), Wish(demand=demand))
+    assert lease.choice.cached_tokens > 0
+    lease.release()
+    other = await dispatcher.acquire(route(second), Wish(demand=demand, avoid=frozenset({1, 2})))
+    assert other.choice.cached_tokens == 0
+    assert fleet.tallies[3].work == demand.work()
 
 
 async def test_traffic_is_shared_by_weight_among_deployments_with_a_free_worker(fleet, dispatcher):
@@ -406,6 +454,21 @@ def test_an_old_report_loses_weight_and_then_all_of_it():
     tally.age(now + FRESH_SECONDS + FADE_SECONDS / 2)
     assert tally.load == 2
     tally.age(now + FRESH_SECONDS + FADE_SECONDS)
+    assert tally.load == 0
+
+
+def test_snapshots_in_quick_succession_forget_nothing_of_our_requests():
+    now = 1000.0
+    tally = Tally(worker(1, slots=4))
+    for _ in range(3):
+        tally.take(1)
+    tally.age(now)
+    for _ in range(3):
+        tally.give_back(1)
+    for step in range(1, 40):
+        tally.age(now + 0.05 * step)
+    # Of a moment after they had ended; up to a second older.
+    tally.report(Load(running=3), now + 0.9, now + 2)
     assert tally.load == 0
 
 

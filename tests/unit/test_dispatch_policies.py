@@ -42,7 +42,7 @@ def test_every_policy_of_the_registry_has_its_function():
     assert set(POLICIES) == set(Policy.values)
 
 
-def test_a_policy_of_a_newer_version_is_served_by_the_default():
+def test_a_policy_of_a_newer_version_is_taken_for_the_shortest_queue():
     assert policy_named("not_known_yet") is shortest_queue
 
 

@@ -192,3 +192,6 @@ async def test_places_in_a_long_queue_are_looked_up_twice_a_second(queue, clock)
     serve(queue)
     clock.now += 0.5
     assert queue.place(waiters[700]) == 699
+    for waiter in waiters[1:900]:
+        waiter.leave()
+    assert len(queue._places) == len(queue) == 101, "nobody is kept who has left"

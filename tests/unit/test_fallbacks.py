@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -82,6 +83,23 @@ async def test_a_queue_is_bounded_in_tokens(fleet, dispatcher):
         (await task).release()
 
 
+async def test_for_one_that_is_refused_for_its_tokens_nobody_is_sent_away(fleet, dispatcher):
+    one = deployment(1, worker(1), queue_limit=3, queue_tokens=1000)
+    fleet.see(one)
+    way = route(one)
+    lease = await dispatcher.acquire(way)
+    some = [
+        asyncio.create_task(dispatcher.acquire(way, Wish(project=1, demand=Demand(b"x" * 400))))
+        for _ in range(3)
+    ]
+    await queued(dispatcher, 3)
+    with pytest.raises(NoCapacity, match="full"):
+        await dispatcher.acquire(way, Wish(project=2, demand=Demand(b"x" * 8000)))
+    lease.release()
+    for task in some:
+        (await task).release()
+
+
 async def test_a_route_says_how_long_its_requests_wait(fleet, dispatcher):
     one = deployment(1, worker(1), queue_seconds=60.0)
     fleet.see(one)
@@ -90,6 +108,31 @@ async def test_a_route_says_how_long_its_requests_wait(fleet, dispatcher):
     async with asyncio.timeout(2):
         with pytest.raises(NoCapacity, match="was free"):
             await dispatcher.acquire(way)
+
+
+def hears(
+    heard: list[tuple[int, float | None]], *, again: bool = True
+) -> Callable[[int, float | None], bool]:
+    def told(ahead: int, seconds: float | None) -> bool:
+        heard.append((ahead, seconds))
+        return again
+
+    return told
+
+
+async def test_who_wants_to_hear_once_hears_once(fleet, dispatcher, monkeypatch):
+    monkeypatch.setattr("inference.dispatch.dispatcher.TELL_SECONDS", 0.01)
+    one = deployment(1, worker(1))
+    fleet.see(one)
+    way = route(one)
+    lease = await dispatcher.acquire(way)
+    heard: list[tuple[int, float | None]] = []
+    waiting = asyncio.create_task(dispatcher.acquire(way, Wish(told=hears(heard, again=False))))
+    await queued(dispatcher, 1)
+    await asyncio.sleep(0.1)
+    assert heard == [(0, None)]
+    lease.release()
+    (await waiting).release()
 
 
 async def test_who_waits_hears_how_many_are_before_it(fleet, dispatcher, monkeypatch):
@@ -101,9 +144,7 @@ async def test_who_waits_hears_how_many_are_before_it(fleet, dispatcher, monkeyp
     before = asyncio.create_task(dispatcher.acquire(way))
     await queued(dispatcher, 1)
     heard: list[tuple[int, float | None]] = []
-    waiting = asyncio.create_task(
-        dispatcher.acquire(way, Wish(told=lambda ahead, seconds: heard.append((ahead, seconds))))
-    )
+    waiting = asyncio.create_task(dispatcher.acquire(way, Wish(told=hears(heard))))
     await queued(dispatcher, 2)
     assert set(heard) == {(1, None)}, "nothing was served yet: no pace is known"
     lease.release()
@@ -112,9 +153,7 @@ async def test_who_waits_hears_how_many_are_before_it(fleet, dispatcher, monkeyp
     # With a pace an estimate comes too.
     heard.clear()
     lease = await dispatcher.acquire(way)
-    waiting = asyncio.create_task(
-        dispatcher.acquire(way, Wish(told=lambda ahead, seconds: heard.append((ahead, seconds))))
-    )
+    waiting = asyncio.create_task(dispatcher.acquire(way, Wish(told=hears(heard))))
     async with asyncio.timeout(5):
         while len(heard) < 2:  # noqa: ASYNC110 - again and again
             await asyncio.sleep(0.01)
@@ -131,7 +170,7 @@ async def test_one_that_hears_and_leaves_keeps_no_slot(fleet, dispatcher):
     fleet.see(one)
     way = route(one)
     lease = await dispatcher.acquire(way)
-    waiting = asyncio.create_task(dispatcher.acquire(way, Wish(told=lambda ahead, seconds: None)))
+    waiting = asyncio.create_task(dispatcher.acquire(way, Wish(told=lambda ahead, seconds: False)))
     await queued(dispatcher, 1)
     lease.release()  # it has the slot from here on
     waiting.cancel()

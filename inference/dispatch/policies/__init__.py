@@ -26,8 +26,8 @@ POLICIES: dict[str, PolicyFunction] = {
 
 
 def policy_named(name: str) -> PolicyFunction:
-    """The policy of that name. A name that this version does not know is served by the default: a newer
-    gateway may have written it."""
+    """The policy of that name. One that this version does not know, for a newer gateway may have written it,
+    is taken for `shortest_queue`."""
     return POLICIES.get(name, shortest_queue)
 
 

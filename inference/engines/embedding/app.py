@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from functools import partial
 
 import msgspec
-from starlette.types import Receive, Scope, Send
+from starlette.types import Send
 
 from inference.engines.embedding.engine import EmbeddingEngine
 from inference.engines.embedding.requests import (
@@ -30,16 +29,7 @@ from inference.engines.embedding.requests import (
     score_answer,
     sides_of,
 )
-from inference.engines.http import (
-    ClientLeft,
-    Refusal,
-    Running,
-    WorkerApp,
-    as_refusals,
-    header,
-    read_body,
-    send_whole,
-)
+from inference.engines.http import Begun, Running, WorkerApp, send_whole
 from inference.engines.tokenize import DetokenizeRequest, TokenizeRequest, tokens_answer
 
 INLINE_NUMBERS = 50_000
@@ -55,11 +45,11 @@ class EmbeddingApp(WorkerApp):
             slots=slots,
             served_name=served_name,
             answers={
-                "/v1/embeddings": partial(self._answer, self._embed),
-                "/v1/rerank": partial(self._answer, self._rerank),
-                "/v1/score": partial(self._answer, self._score),
-                "/tokenize": partial(self._answer, self._tokenize),
-                "/detokenize": partial(self._answer, self._detokenize),
+                "/v1/embeddings": partial(self._begin, self._embed),
+                "/v1/rerank": partial(self._begin, self._rerank),
+                "/v1/score": partial(self._begin, self._score),
+                "/tokenize": partial(self._begin, self._tokenize),
+                "/detokenize": partial(self._begin, self._detokenize),
             },
         )
         self._engine = engine
@@ -116,28 +106,14 @@ class EmbeddingApp(WorkerApp):
     async def _detokenize(self, running: Running, body: bytes) -> bytes:
         return msgspec.json.encode({"prompt": self._engine.detokenize(parse(body, DetokenizeRequest).tokens)})
 
-    async def _answer(
-        self,
-        answer: Callable[[Running, bytes], Awaitable[bytes]],
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-    ) -> None:
-        """Answer one request; returns when the answer is sent or nobody waits for it."""
-        running = Running(header(scope, b"x-request-id") or uuid.uuid4().hex)
+    def _begin(
+        self, answer: Callable[[Running, bytes], Awaitable[bytes]], running: Running, body: bytes
+    ) -> Begun:
+        self._refuse_unless_serving()
 
-        async def work() -> None:
+        async def begun(send: Send) -> None:
             async with self._slots:
                 made = await answer(running, body)
             await send_whole(send, 200, made, running.request_id)
 
-        try:
-            body = await read_body(receive)
-            self._refuse_unless_serving()
-            with as_refusals():
-                async with self._active_while(running):
-                    await self._until_left(running, work(), receive)
-        except ClientLeft:
-            return
-        except Refusal as refusal:
-            await send_whole(send, refusal.status, refusal.body, running.request_id)
+        return begun

@@ -28,13 +28,18 @@ TOLERANCE = 1e-4
 Rows = np.ndarray[Any, np.dtype[np.float32]]
 
 
+class NotWholeTexts(Exception):
+    """The model's tokens do not look at all of their text alike, which is all that `attend` can do."""
+
+
 def attend(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, **given: Any
 ) -> tuple[torch.Tensor, None]:
-    """See `transformers.AttentionInterface`. Raises NotImplementedError for a model that masks more."""
+    """See `transformers.AttentionInterface`. Raises NotWholeTexts for a model that masks, or weighs, tokens
+    by their places."""
     narrowed = getattr(module, "is_causal", False) or given.get("sliding_window") is not None
     if narrowed or given.get("position_bias") is not None:
-        raise NotImplementedError
+        raise NotWholeTexts
     lengths = given[ENDS].diff().tolist()
     texts = zip(*(whole.split(lengths, dim=2) for whole in (query, key, value)), strict=True)
     made = [

@@ -38,7 +38,6 @@ class Ticket:
         self.number = number
         self.told = row.told
         """What was said of each token, when the choice asks for it: as long as the tokens are."""
-        self.closed = False
         self._seen = 0
         self._news: asyncio.Queue[tuple[list[int], bool] | EngineError] = asyncio.Queue()
 

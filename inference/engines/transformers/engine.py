@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from inference.engines.base import (
@@ -26,7 +27,7 @@ from inference.engines.chat import unsupported
 from inference.engines.tool_forms import HERMES, Form
 from inference.engines.transformers.answer import Answer, echoed, prompt_logprobs, wants_tokens
 from inference.engines.transformers.arguments import read_arguments
-from inference.engines.transformers.batcher import Batcher
+from inference.engines.transformers.batcher import Batcher, call_in_loop
 from inference.engines.transformers.choices import Choices
 from inference.engines.transformers.forms import Forms
 from inference.engines.transformers.likely import Likely
@@ -105,11 +106,7 @@ class TransformersEngine:
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[_Prepared] = loop.create_future()
 
-        def tell(callback: Callable[..., object], *about: object) -> None:
-            try:
-                loop.call_soon_threadsafe(callback, *about)
-            except RuntimeError:
-                logger.debug("The event loop closed before the engine did.")
+        tell = partial(call_in_loop, loop)
 
         def report(step: Progress) -> None:
             tell(progress, step)

@@ -105,7 +105,7 @@ def cannot_read(config: Any, error: Exception, device: torch.device) -> LoadErro
         names = [name for name in _PACKAGES.get(method, ()) if not _is_there(name)]
         wanted = f"the package {' and '.join(names)}" if names else f"a package ({text[:100]})"
         return _bad(f"{says} needs {wanted} in the engine's environment.")
-    if "GPU" in text or "CUDA" in text or "cuda" in text:
+    if device.type != "cuda" and ("GPU" in text or "cuda" in text.lower()):
         return _bad(f"{says} needs a GPU; the device here is {device.type}.")
     if "Unknown quantization type" in text:
         return _bad(f"{says} the transformers engine does not know.")

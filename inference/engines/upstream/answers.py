@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from inference.engines.chat import DONE
-from inference.engines.upstream.requests import BYTES_PER_TOKEN, GENERATING, Prepared
+from inference.engines.upstream.requests import BYTES_PER_TOKEN, GENERATING, TOKENIZING, Prepared
 from inference.engines.usage import Totals
 
 _decode_object = msgspec.json.Decoder(dict[str, Any]).decode
@@ -31,6 +31,8 @@ _REASONS = {
 _SAID = ("refusal", "tool_calls", "function_call", "annotations")
 _OF_AN_ANSWER = ("system_fingerprint", "prompt_logprobs", "prompt_token_ids", "prompt_text")
 _OF_A_CHOICE = ("stop_reason", "token_ids", "prompt_logprobs", "prompt_token_ids")
+_RESULTS = {"/v1/embeddings": "data", "/v1/score": "data", "/v1/rerank": "results"}
+"""What an answer is none without."""
 
 
 class NoAnswer(Exception):
@@ -191,10 +193,12 @@ def whole(
         if path in GENERATING:
             return _generated(path, _decode_object(answer), count, request_id, model, created)
         parts = _decode_parts(answer)
-        if "error" in parts or path in ("/tokenize", "/detokenize"):
-            if "error" in parts:
-                raise NoAnswer("an error with the status 200")
+        if msgspec.json.decode(parts.pop("error", b"null")):
+            raise NoAnswer("an error with the status 200")
+        if path in TOKENIZING:
             return answer
+        if _RESULTS[path] not in parts:
+            raise NoAnswer(f"an answer without {_RESULTS[path]}")
         usage = msgspec.json.decode(parts.pop("usage", b"null"))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise NoAnswer("an answer that is no JSON object") from None

@@ -12,24 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-import uuid
 from functools import partial
 
 import aiohttp
-from starlette.types import Receive, Scope, Send
+from starlette.types import Send
 
-from inference.engines.http import (
-    ClientLeft,
-    Refusal,
-    Running,
-    WorkerApp,
-    as_refusals,
-    begin_stream,
-    header,
-    read_body,
-    send_end,
-    send_whole,
-)
+from inference.engines.http import Begun, Running, WorkerApp, begin_stream, send_end, send_whole
 from inference.engines.upstream.answers import Count, NoAnswer, Stream, whole
 from inference.engines.upstream.engine import UpstreamEngine
 from inference.engines.upstream.remote import (
@@ -56,35 +44,20 @@ class UpstreamApp(WorkerApp):
             engine,
             slots=slots,
             served_name=served_name,
-            answers={path: partial(self._serve, path) for path in PATHS},
+            answers={path: partial(self._begin, path) for path in PATHS},
         )
         self._engine = engine
 
-    async def _serve(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; returns when the answer is sent or nobody waits for it."""
-        request_id = header(scope, b"x-request-id") or uuid.uuid4().hex
-        running = Running(request_id)
-        try:
-            body = await read_body(receive)
-            self._refuse_unless_serving()
-            with as_refusals():
-                prepared = prepare(
-                    path,
-                    body,
-                    model=self._engine.model,
-                    capabilities=self._engine.capabilities,
-                    preset=self._engine.remote.preset,
-                )
-                del body
-                async with self._active_while(running):
-                    await self._until_left(running, self._answer(path, running, prepared, send), receive)
-        except ClientLeft:
-            return
-        except Refusal as refusal:
-            if running.begun:
-                await send_end(send, b"data: " + refusal.body + b"\n\n")
-            else:
-                await send_whole(send, refusal.status, refusal.body, request_id)
+    def _begin(self, path: str, running: Running, body: bytes) -> Begun:
+        self._refuse_unless_serving()
+        prepared = prepare(
+            path,
+            body,
+            model=self._engine.model,
+            capabilities=self._engine.capabilities,
+            preset=self._engine.remote.preset,
+        )
+        return partial(self._answer, path, running, prepared)
 
     async def _answer(self, path: str, running: Running, prepared: Prepared, send: Send) -> None:
         running.spent = count = Count(prepared)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import msgspec
 from yarl import URL
 
+from inference.engines.arguments import read_typed
 from inference.engines.base import LoadError
 from inference.engines.upstream.presets import KNOWN, PRESETS
 from inference.protocol import Cause
@@ -19,7 +20,7 @@ MAX_URL = 500
 
 
 class Arguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    url: str
+    url: str = ""
     """Where its OpenAI API begins, such as https://api.openai.com/v1; without a path: /v1 is meant."""
     model: Annotated[str, msgspec.Meta(min_length=1, max_length=200)] | None = None
     """What the server calls the model; None: the only one that it serves."""
@@ -35,17 +36,9 @@ class Arguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 def read_arguments(given: Mapping[str, Any]) -> Arguments:
     """Check `given`. Null means "not given". Raises LoadError(BAD_ARGUMENT) that names the argument."""
-    known = Arguments.__struct_fields__
-    for name in given:
-        if name not in known:
-            raise _bad(f"Unknown argument {name[:100]!r}. The upstream engine knows: {', '.join(known)}.")
-    if given.get("url") is None:
+    arguments = read_typed(Arguments, given, engine="upstream")
+    if not arguments.url:
         raise _bad("Argument 'url' is missing: where the server's OpenAI API begins, with its /v1.")
-    try:
-        arguments = msgspec.convert({name: one for name, one in given.items() if one is not None}, Arguments)
-    except msgspec.ValidationError as error:
-        problem, _, path = str(error).rpartition(" - at `$.")
-        raise _bad(f"Argument {path.removesuffix('`')!r} is not possible: {problem}.") from None
     read_url(arguments.url)
     if arguments.preset not in PRESETS:
         raise _bad(f"Argument 'preset' must be one of {', '.join(PRESETS)}.")

@@ -50,6 +50,7 @@ class UpstreamEngine:
             try:
                 cards = await self.remote.models()
                 await self.remote.look()
+                card = self._chosen(cards)
                 break
             except Away as away:
                 if str(away) != waits:
@@ -57,7 +58,6 @@ class UpstreamEngine:
                     logger.warning("event=upstream_waited_for %s", away)
                     progress(Progress(step=f"waiting for the server: {away}"[:100], unit=""))
             await asyncio.sleep(_AGAIN_SECONDS)
-        card = self._chosen(cards)
         if not self.context_length:
             self.context_length = await self.remote.context_length(card)
         logger.info("event=upstream_found model=%s", self.model)
@@ -88,10 +88,13 @@ class UpstreamEngine:
         await self.remote.close()
 
     def _chosen(self, cards: list[Card] | None) -> Card | None:
-        """What the server tells of the model to serve. Raises LoadError."""
+        """What the server tells of the model to serve. Raises LoadError, or Away when it does not list its
+        models now."""
         preset = self.remote.preset
         ids = [card["id"] for card in cards or () if isinstance(card.get("id"), str)]
         if not self.model:
+            if cards is None and preset.lists_models:
+                raise Away("it does not list its models now")
             if len(ids) != 1:
                 raise LoadError(Cause.BAD_ARGUMENT, f"Set the argument 'model': {_served(ids)}")
             self.model = ids[0]

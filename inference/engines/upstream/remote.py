@@ -119,7 +119,6 @@ class Remote:
         """What it lists; None where it lists nothing, or not to us now. Raises Away, or LoadError for what
         only an operator can mend."""
         if not self.preset.lists_models:
-            await self.look()
             return None
         status, body = await self._get(self._url / "models")
         if status == 429:
@@ -238,9 +237,9 @@ class Remote:
             body = b""
         message, param, code = _told(body)
         if status in ABOUT_THE_REQUEST:
-            if self._key:
+            if self._key:  # before it is cut: half a key is too much as well
                 message = message.replace(self._key, "***")
-            return BadRequest(message or REFUSED, param=param, code=code)
+            return BadRequest(message[:MAX_TEXT] or REFUSED, param=param, code=code)
         # Its words may be about somebody's prompt: only its code is kept.
         logger.warning("event=upstream_refused status=%d code=%s", status, code)
         if status == 401:
@@ -334,7 +333,7 @@ def _told(body: bytes) -> tuple[str, str | None, str | None]:
         found = [one for one in answer["detail"] if isinstance(one, dict) and isinstance(one.get("msg"), str)]
         message = "; ".join(one["msg"] for one in found)
     param, code = inner.get("param"), inner.get("code") or inner.get("type")
-    return message[:MAX_TEXT], _word(param), _word(code)
+    return message, _word(param), _word(code)
 
 
 def _word(given: Any) -> str | None:

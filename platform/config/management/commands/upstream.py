@@ -88,6 +88,8 @@ class Command(BaseCommand):
             raise CommandError(f"There is a deployment {name} already: `manage.py deploy {name}` changes it.")
         if Route.objects.filter(name=route).exists():
             raise CommandError(f"There is a route {route} already; choose another with --route.")
+        # Before the transaction, which locks SQLite: a person may take a while to answer.
+        upstream_key = _key(options)
         try:
             with transaction.atomic():
                 deployment = deploy(
@@ -98,7 +100,7 @@ class Command(BaseCommand):
                     engine=EngineName.UPSTREAM,
                     arguments=arguments,
                     slots=options["slots"],
-                    upstream_key=_key(options),
+                    upstream_key=upstream_key,
                 )
         except ValidationError as error:
             raise CommandError(sentence_of(error)) from error
@@ -133,7 +135,10 @@ def _key(options: dict[str, Any]) -> str | None:
     if options["key_file"] is None:
         if not sys.stdin.isatty():
             raise CommandError("Where is the key? Give --key-file FILE (- for standard input), or --no-key.")
-        return getpass.getpass("Key of the server (empty: none): ").strip() or None
+        try:
+            return getpass.getpass("Key of the server (empty: none): ").strip() or None
+        except (EOFError, KeyboardInterrupt):
+            raise CommandError("No key was given; nothing was changed.") from None
     try:
         if options["key_file"] == "-":
             text = sys.stdin.read(MAX_KEY + 2)
