@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NODE_ENVIRONMENT = ROOT / ".venv-node"
 NODE_TEST_PACKAGES = ["pytest>=9.2", "pytest-asyncio>=1.5", "pytest-timeout>=2.4", "openai>=3.52"]
 STAGES = ("node", "api", "engines", "sqlite", "postgres", "chaos", "e2e-sqlite", "e2e-postgres")
-LANES = 4
+LANES = 3
 """Stages at once: half of their time they wait for processes of their own."""
 API = ["tests/api", "tests/clients"]
 REST = ["tests/integration", "tests/security", "tests/unit"]
@@ -61,14 +61,6 @@ ON_POSTGRES = (
 )
 """In two parts, what meets the database. The rest, formats, bounds and pages above all, runs on SQLite alone,
 but in `make test-full` on both."""
-PATIENT = [
-    f"tests/e2e/test_{name}.py"
-    for name in (
-        *("admin_pages", "agreement", "commands", "docs", "operating", "other_clients", "other_docs"),
-        "readme",
-    )
-]
-"""Of real processes, what judges no times: it runs beside other stages."""
 RUN_ONCE = [
     *("tests/e2e/test_docs.py", "tests/e2e/test_readme.py", "tests/e2e/test_other_docs.py"),
     *("tests/e2e/test_embeddings.py", "tests/e2e/test_streaming.py", "tests/e2e/test_other_clients.py"),
@@ -119,7 +111,6 @@ def main() -> int:
                 lanes.submit(runs.pytest, "sqlite", [*REST, "tests/mutants"]),
                 lanes.submit(runs.pytest, "api", API),
                 lanes.submit(engines),
-                lanes.submit(runs.pytest, "e2e-sqlite", PATIENT),
                 lanes.submit(on_postgres, 0),
                 lanes.submit(on_postgres, 1),
                 lanes.submit(node),
@@ -137,7 +128,7 @@ def main() -> int:
 
         # These judge times and kill processes: nothing runs beside them.
         runs.pytest("chaos", ["tests/chaos"])
-        runs.pytest("e2e-sqlite", ["tests/e2e", *without(PATIENT)])
+        runs.pytest("e2e-sqlite", ["tests/e2e"])
         e2e_on_postgres()
     return runs.summary()
 
